@@ -1,0 +1,225 @@
+"""The reference: its rules against transcriptions element by element, its attention against torch."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from _attention import DTYPES, assert_accurate, causal_mask, element_mask, make_qkv, tie_width
+
+from vllm_sparse_backend.ops import TileList, reference, sparse_attention
+from vllm_sparse_backend.selection import DENSE, Sale, Static, sale
+
+
+def static_tiles(policy: Static | Sale, start: int, end: int) -> set[int]:
+    """Sink and local tiles of a q block, key by key."""
+    local = policy.local
+    if isinstance(policy, Static):
+        local += math.floor(policy.growth * end)
+    sink = {key // policy.tile for key in range(min(policy.sink, end))}
+    near = {key // policy.tile for key in range(max(0, start - local), end)}
+    return sink | near
+
+
+@pytest.mark.parametrize("tile", [16, 32, 64])
+@pytest.mark.parametrize(
+    ("sink", "local", "growth"), [(1, 0, 0.0), (64, 256, 0.0), (17, 33, 0.1), (65, 1, 1.0)]
+)
+@pytest.mark.parametrize(("rows", "length"), [(1, 1), (500, 500), (77, 700), (1, 640), (64, 641)])
+def test_static_keeps_sink_and_window(
+    tile: int, sink: int, local: int, growth: float, rows: int, length: int
+) -> None:
+    policy = Static(sink=sink, local=local, growth=growth, tile=tile)  # type: ignore[arg-type]
+    q, k, _ = make_qkv(0, rows, length, heads=1, kv_heads=1, dim=16)
+    tiles = reference.select(q, k, [policy], 0.25)
+    assert tiles.blocks[-1].end == length
+    for block, (start, _, end) in enumerate(tiles.blocks):
+        assert set(tiles.row(0, block).tolist()) == static_tiles(policy, start, end)
+
+
+def sale_margins(
+    policy: Sale, q: torch.Tensor, k: torch.Tensor, scale: float
+) -> dict[tuple[int, int], float]:
+    """SALE's rule element by element: by (q block start, tile), the best estimate's margin.
+
+    Quantization in fp32 as specified, everything else in float64; always-kept tiles have
+    no entry.
+    """
+    rows, keys = q.double().numpy(), k.double().numpy()
+    offset, length = len(k) - len(q), len(k)
+    qmax = {4: 7, 8: 127}[policy.bits]
+    mean = keys.mean(0).astype(np.float32)
+
+    def integers(x: np.ndarray, peak: np.float32) -> tuple[np.ndarray, float]:
+        if peak == 0:
+            return np.zeros(x.shape), 0.0
+        inverse = np.float32(qmax) / peak
+        return np.rint(x * inverse).clip(-qmax, qmax), float(peak / np.float32(qmax))
+
+    centred = keys.astype(np.float32) - mean
+    found: dict[tuple[int, int], float] = {}
+    for start in range(offset // 64 * 64, length, 64):
+        end = min(start + 64, length)
+        always = static_tiles(policy, start, end)
+        for p in range(max(start, offset), end):
+            if p % policy.row_stride and p != end - 1:
+                continue
+            row = rows[p - offset]
+            seen = [j for j in range(p + 1) if j // policy.tile in always]
+            s = scale * keys[seen] @ row
+            threshold = s.max() + math.log(policy.tau * np.exp(s - s.max()).sum())
+            qi, q_step = integers(row.astype(np.float32), np.abs(row).astype(np.float32).max())
+            for j in range(end):
+                if j // policy.tile in always:
+                    continue
+                group = centred[j // 16 * 16 : j // 16 * 16 + 16]
+                ki, k_step = integers(centred[j], np.abs(group).max())
+                estimate = scale * (q_step * k_step * float(qi @ ki) + float(row @ mean))
+                at = (start, j // policy.tile)
+                found[at] = max(found.get(at, -math.inf), estimate - threshold)
+    return found
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("tile", "row_stride"), [(16, 4), (32, 1), (64, 8)])
+@pytest.mark.parametrize(("rows", "length", "tau"), [(150, 150, 0.02), (70, 333, 0.1)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sale_follows_the_rule_element_by_element(
+    bits: int, tile: int, row_stride: int, rows: int, length: int, tau: float, dtype: torch.dtype
+) -> None:
+    policy = Sale(
+        sink=3,
+        local=20,
+        tile=tile,
+        bits=bits,
+        row_stride=row_stride,
+        tau=tau,  # type: ignore[arg-type]
+    )
+    q, k, _ = make_qkv(1, rows, length, heads=1, kv_heads=1, dim=16, dtype=dtype)
+    tiles = reference.select(q, k, [policy], 0.25)
+    width = tie_width(q[:, 0], k[:, 0], 0.25)
+    wanted = sale_margins(policy, q[:, 0], k[:, 0], 0.25)
+    kept = 0
+    for block, (start, _, end) in enumerate(tiles.blocks):
+        row = set(tiles.row(0, block).tolist())
+        assert static_tiles(policy, start, end) <= row
+        for tile_id in range(-(-end // tile)):
+            margin = wanted.get((start, tile_id), math.inf)
+            assert abs(margin) > width, "a tie: choose another seed"
+            assert (tile_id in row) == (margin > 0)
+            kept += tile_id in row and (start, tile_id) in wanted
+    assert 0 < kept < len(wanted), "the case shows nothing"
+
+
+def test_sale_finds_a_far_needle_that_static_misses() -> None:
+    q, k, _ = make_qkv(2, 512, 512, heads=1, kv_heads=1)
+    k[100] = (2.5 * q[400]).squeeze(0)
+    for policy, found in ((Static(local=64), False), (Sale(local=64, tau=0.5), True)):
+        tiles = reference.select(q, k, [policy], 0.125)
+        assert (100 // 16 in tiles.row(0, 400 // 64).tolist()) is found
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("where", ["q", "k"])
+def test_inputs_that_are_not_finite_keep_tiles(poison: float, where: str) -> None:
+    q, k, _ = make_qkv(3, 256, 256, heads=1, kv_heads=1)
+    policy = Sale(sink=16, local=0, tau=1.0)
+    (q if where == "q" else k)[128, 0, 5] = poison
+    mask = reference.select(q, k, [policy], 0.125).mask(0)
+    hit = slice(2, 3) if where == "q" else slice(0, 4)
+    assert mask[hit].sum(1).tolist() == [4, 8, 12, 16][hit]
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, -3.0])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_constant_keys(value: float, bits: int) -> None:
+    q, k, v = make_qkv(4, 300, 300, heads=1, kv_heads=1)
+    k.fill_(value)
+    # All scores of a row are one value: exp(s - m) / l = 1 / l, with 16 to 80 keys in l.
+    for tau, everything in ((0.5, False), (0.01, True)):
+        policy = Sale(sink=16, local=0, tau=tau, bits=bits)  # type: ignore[arg-type]
+        out, stats = sparse_attention(q, k, v, policy, impl="reference")
+        assert out.isfinite().all()
+        assert (stats.density == [1.0]) is everything
+    ints, step = sale.quantize(torch.zeros(5, 8), bits)
+    assert not ints.any()
+    assert not step.any()
+
+
+def test_quantize_rounds_half_to_even_and_is_exact_at_the_peak() -> None:
+    x = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -127.0]])
+    ints, step = sale.quantize(x, 8)
+    assert ints.tolist() == [[127, 0, 2, 2, 0, -127]]
+    assert step.tolist() == [1.0]
+
+
+def test_key_groups_are_aligned_and_ragged_at_the_end() -> None:
+    k = torch.zeros(35, 2)
+    k[:, 0] = torch.arange(35)
+    keys, mean = sale.quantize_keys(k, 8)
+    assert mean.tolist() == [17.0, 0.0]
+    assert [round(float(s) * 127, 4) for s in keys.step[[0, 15, 16, 31, 32, 34]]] == [
+        17, 17, 14, 14, 17, 17
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("policy", [DENSE, Static(sink=20, local=30), Sale(local=16, tau=0.1)])
+@pytest.mark.parametrize(("rows", "length"), [(1, 1), (1, 200), (65, 65), (300, 300), (70, 333)])
+def test_attention_over_the_tiles_is_accurate(
+    dtype: torch.dtype, policy: object, rows: int, length: int
+) -> None:
+    qkv = make_qkv(5, rows, length, heads=6, kv_heads=2, dim=80, dtype=dtype)
+    q, k, v = qkv
+    tiles = reference.select(q, k, [policy] * 6, 80**-0.5)  # type: ignore[list-item]
+    out = reference.attend(q, k, v, tiles, 80**-0.5)
+    assert_accurate(out, qkv, element_mask(tiles))
+    if policy == DENSE:
+        assert_accurate(out, qkv, causal_mask(rows, length))
+
+
+def test_tile_list_round_trips() -> None:
+    q, k, _ = make_qkv(6, 200, 350, heads=3, kv_heads=1)
+    policies = [DENSE, Static(local=10, tile=32), Sale(local=10, tile=64, tau=0.2)]
+    tiles = reference.select(q, k, policies, 0.125)
+    subtiles = torch.zeros(3, len(tiles.blocks), 22, dtype=torch.uint8)
+    for head, size in enumerate(tiles.tile_sizes):
+        for block, edges in enumerate(tiles.blocks):
+            for tile in tiles.row(head, block).tolist():
+                first, last = tile * size, min((tile + 1) * size, edges.end)
+                subtiles[head, block, first // 16 : -(-last // 16)] = 1
+    again = TileList.from_subtiles(subtiles, tiles.tile_sizes, 200, 350)
+    assert torch.equal(again.tiles, tiles.tiles)
+    assert torch.equal(again.indptr, tiles.indptr)
+    for head in range(3):
+        assert tiles.computed[head] == int(tiles.mask(head).sum())
+    assert tiles.computed[0] == tiles.causal[0]
+    subtiles[1, 0, 0] ^= 1
+    with pytest.raises(ValueError, match=r"head 1, .*not whole tiles of 32"):
+        TileList.from_subtiles(subtiles, tiles.tile_sizes, 200, 350)
+    with pytest.raises(ValueError, match=r"want \[3, 4, 22\], got \[3, 4, 21\]"):
+        TileList.from_subtiles(subtiles[..., 1:], tiles.tile_sizes, 200, 350)
+
+
+@pytest.mark.parametrize(
+    ("indptr", "tiles", "message"),
+    [
+        ([0, 1, 2], [0, 0], None),
+        ([0, 1], [0], r"indptr: want \[3\]"),
+        ([0, 1, 3], [0, 0], r"tiles: want \[3\] torch.int32, got \[2\]"),
+        ([1, 1, 2], [0, 0], "ascend from 0"),
+        ([0, 2, 1], [0], "ascend from 0"),
+        ([0, 2, 4], [0, 1, 1, 1], "head 0, q block 1: want ascending unique numbers below 5"),
+        ([0, 1, 2], [4, 4], r"head 0, q block 0: .* below 4, got \[4\]"),
+        ([0, 1, 2], [-1, 0], r"head 0, q block 0: .* below 4, got \[-1\]"),
+    ],
+)
+def test_tile_list_is_validated(indptr: list[int], tiles: list[int], message: str | None) -> None:
+    made = TileList(torch.tensor(indptr), torch.tensor(tiles, dtype=torch.int32), (16,), 66, 66)
+    if message is None:
+        made.validate()
+    else:
+        with pytest.raises(ValueError, match=message):
+            made.validate()

@@ -1,0 +1,247 @@
+"""The public ops: check the arguments, resolve the implementation, dispatch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from vllm_sparse_backend.ops import checks, layout, reference
+from vllm_sparse_backend.ops.policies import AnyPolicies, PolicyTable
+from vllm_sparse_backend.ops.tiles import SUBTILE, TileList, causal_tiles, q_blocks
+
+IMPLS = ("auto", "reference", "cpu")
+PLAIN_BLOCK = 128  # tokens per block where sparse_attention packs a cache of its own
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionStats:
+    """What one call computed, summed over its requests."""
+
+    tiles_computed: list[int]  # per q head, in the head's own tile size (dense: 16 keys)
+    tiles_causal: list[int]  # per q head: what there was to compute
+    select_seconds: float  # summed over threads
+    attend_seconds: float  # summed over threads
+
+    @property
+    def density(self) -> list[float]:
+        """Computed / causal tiles per q head; 1 where there were none."""
+        pairs = zip(self.tiles_computed, self.tiles_causal, strict=True)
+        return [computed / causal if causal else 1.0 for computed, causal in pairs]
+
+
+def sparse_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    policies: AnyPolicies = None,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> tuple[torch.Tensor, AttentionStats]:
+    """Causal attention of one sequence over the tiles its policies keep.
+
+    ``q`` [T, Hq, D] are the last T of the S positions of ``k``, ``v`` [S, Hkv, D]; all three
+    bfloat16, float16 or float32; q head h reads kv head ``h // (Hq // Hkv)``. ``policies``:
+    None (the uniform default), one policy (an object or its dict), one per q head, or a
+    ``PolicyTable``. ``scale``: ``D ** -0.5`` unless given. ``impl``: "reference" (plain
+    torch, any D), "cpu" (the compiled core), or "auto", which is "cpu".
+
+    Returns the output, [T, Hq, D] of q's dtype, and the call's stats. No gradient.
+
+    Raises ValueError for a wrong argument, naming it, and ``core.CoreUnavailable`` where the
+    compiled core cannot run; no implementation stands in for another.
+    """
+    checks.check_plain(q, k, v)
+    scale = checks.check_scale(scale, q.shape[2])
+    table = PolicyTable.build(policies, q.shape[1])
+    if _is_reference(impl, q):
+        out = q.new_empty(q.shape)
+        return out, _reference_into(out, q, k, v, table, scale)
+    cache = layout.pack(k, v, "vec", PLAIN_BLOCK)
+    return paged_sparse_attention(
+        q,
+        cache,
+        torch.arange(cache.shape[0], dtype=torch.int32)[None],
+        torch.tensor([0, q.shape[0]], dtype=torch.int32),
+        torch.tensor([k.shape[0]], dtype=torch.int32),
+        table,
+        scale=scale,
+        impl=impl,
+    )
+
+
+def paged_sparse_attention(
+    q: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    policies: AnyPolicies = None,
+    *,
+    scale: float | None = None,
+    requests: Sequence[int] | None = None,
+    kv_layout: str = "vec",
+    out: torch.Tensor | None = None,
+    impl: str = "auto",
+) -> tuple[torch.Tensor, AttentionStats]:
+    """``sparse_attention`` for a batch of R requests whose keys lie in vLLM's CPU cache.
+
+    ``q`` [T, Hq, D] holds request r's query tokens in rows ``query_start_loc[r]`` to
+    ``query_start_loc[r + 1]`` (int32 [R + 1]): the last of its ``seq_lens[r]`` (int32 [R])
+    positions, all of which ``kv_cache`` [num_blocks, Hkv, N, 2*D] holds, position p in block
+    ``block_table[r, p // N]`` (int32 [R, max_blocks]). ``kv_layout`` ("vec", "vec16", "amx")
+    says how a block lies in memory; see ``ops.layout``. ``requests``: which of them to
+    compute, all unless given; other requests' rows of ``out`` stay as they are (zero where
+    ``out`` is not given). ``out`` [T, Hq, D] must not overlap the inputs.
+
+    The rest, returns and errors: as ``sparse_attention``.
+    """
+    use_reference = _is_reference(impl, q)
+    table, scale, batch = _check_paged(
+        q, kv_cache, block_table, query_start_loc, seq_lens, policies, scale, requests, kv_layout
+    )
+    if out is None:
+        out = q.new_empty(q.shape) if batch.covers else q.new_zeros(q.shape)
+    else:
+        checks.check_out(out, q)
+    if use_reference:
+        parts = []
+        for r in batch.requests:
+            rows = slice(batch.starts[r], batch.starts[r + 1])
+            k, v = layout.unpack(kv_cache, block_table[r], batch.seq_lens[r], kv_layout)
+            parts.append(_reference_into(out[rows], q[rows], k, v, table, scale))
+        return out, _total(parts, q.shape[1])
+
+    from vllm_sparse_backend.ops.cpu import core
+
+    counted = core.forward(
+        q,
+        kv_cache,
+        block_table,
+        query_start_loc,
+        seq_lens,
+        table,
+        scale,
+        batch.requests,
+        kv_layout,
+        out,
+        None,
+    )
+    return out, AttentionStats(*counted)
+
+
+def select_tiles(
+    q: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    policies: AnyPolicies = None,
+    *,
+    request: int = 0,
+    scale: float | None = None,
+    kv_layout: str = "vec",
+    impl: str = "auto",
+) -> TileList:
+    """The tiles ``paged_sparse_attention`` computes for one request, for tests and analysis.
+
+    Arguments and errors as there.
+    """
+    use_reference = _is_reference(impl, q)
+    table, scale, batch = _check_paged(
+        q, kv_cache, block_table, query_start_loc, seq_lens, policies, scale, [request], kv_layout
+    )
+    seq_len = batch.seq_lens[request]
+    rows = slice(batch.starts[request], batch.starts[request + 1])
+    if use_reference:
+        k, _ = layout.unpack(kv_cache, block_table[request], seq_len, kv_layout)
+        return reference.select(q[rows], k, table.rows, scale)
+
+    from vllm_sparse_backend.ops.cpu import core
+
+    query_len = rows.stop - rows.start
+    num_blocks = len(q_blocks(query_len, seq_len))
+    subtiles = torch.zeros(
+        q.shape[1], num_blocks, causal_tiles(seq_len, SUBTILE), dtype=torch.uint8
+    )
+    core.forward(
+        q,
+        kv_cache,
+        block_table,
+        query_start_loc,
+        seq_lens,
+        table,
+        scale,
+        batch.requests,
+        kv_layout,
+        q.new_empty(q.shape),
+        subtiles,
+    )
+    return TileList.from_subtiles(subtiles, table.tile_sizes, query_len, seq_len)
+
+
+def _is_reference(impl: str, q: torch.Tensor) -> bool:
+    """Whether ``impl`` means the reference; else the core, which may take ``q``."""
+    if impl == "triton":
+        raise ValueError(f"impl: 'triton' is not there yet, want one of {list(IMPLS)}")
+    if impl not in IMPLS:
+        raise ValueError(f"impl: want one of {list(IMPLS)}, got {impl!r}")
+    checks.check_query(q)
+    if impl == "reference":
+        return True
+
+    from vllm_sparse_backend.ops.cpu import core
+
+    if q.device.type != "cpu":
+        raise ValueError(f"q: want a CPU tensor for impl {impl!r}, got one on {q.device}")
+    if q.shape[2] not in core.HEAD_DIMS:
+        raise ValueError(
+            f"q: want head_dim in {core.HEAD_DIMS} for impl {impl!r}, got {q.shape[2]}"
+        )
+    return False
+
+
+def _check_paged(
+    q: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    policies: AnyPolicies,
+    scale: float | None,
+    requests: Sequence[int] | None,
+    kv_layout: str,
+) -> tuple[PolicyTable, float, checks.Batch]:
+    checks.check_cache(q, kv_cache, kv_layout)
+    batch = checks.check_batch(q, kv_cache, block_table, query_start_loc, seq_lens, requests)
+    table = PolicyTable.build(policies, q.shape[1])
+    return table, checks.check_scale(scale, q.shape[2]), batch
+
+
+def _reference_into(
+    out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    table: PolicyTable,
+    scale: float,
+) -> AttentionStats:
+    """One request through the reference, timed."""
+    begin = time.perf_counter()
+    tiles = reference.select(q, k, table.rows, scale)
+    middle = time.perf_counter()
+    out.copy_(reference.attend(q, k, v, tiles, scale))
+    return AttentionStats(
+        tiles.computed, tiles.causal, middle - begin, time.perf_counter() - middle
+    )
+
+
+def _total(parts: Sequence[AttentionStats], num_heads: int) -> AttentionStats:
+    return AttentionStats(
+        [sum(part.tiles_computed[head] for part in parts) for head in range(num_heads)],
+        [sum(part.tiles_causal[head] for part in parts) for head in range(num_heads)],
+        sum(part.select_seconds for part in parts),
+        sum(part.attend_seconds for part in parts),
+    )

@@ -1,0 +1,61 @@
+"""One layer's policies, parsed once and then handed to every call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+from vllm_sparse_backend.selection import UNIFORM_DEFAULT, Dense, Sale, Static, parse_policy
+
+DENSE_TILE = 16  # what a dense head's tiles are counted in
+
+OnePolicy: TypeAlias = Dense | Static | Sale | Mapping[str, Any]
+AnyPolicies: TypeAlias = "PolicyTable | OnePolicy | Sequence[OnePolicy] | None"
+
+
+def tile_size(policy: Dense | Static | Sale) -> int:
+    """Key tokens per tile under this policy."""
+    return DENSE_TILE if isinstance(policy, Dense) else policy.tile
+
+
+class PolicyTable:
+    """A policy for each q head of a layer. Compares and hashes by identity."""
+
+    __slots__ = ("native", "rows")
+
+    def __init__(self, rows: Sequence[Dense | Static | Sale]) -> None:
+        self.rows = list(rows)  # one per q head
+        self.native: object | None = None  # what a kernel made of the rows, for its next call
+
+    @property
+    def tile_sizes(self) -> tuple[int, ...]:
+        """Key tokens per tile of each q head."""
+        return tuple(tile_size(policy) for policy in self.rows)
+
+    @classmethod
+    def build(cls, policies: AnyPolicies, num_heads: int) -> PolicyTable:
+        """A table for ``num_heads`` q heads from what a caller may write.
+
+        ``policies`` is None (the uniform default), one policy (an object or its dict) for
+        all heads, a sequence of one per head, or a table, which is returned as it is. Raises
+        ValueError for a policy that does not parse and for a wrong number of them.
+        """
+        if isinstance(policies, PolicyTable):
+            table = policies
+        elif policies is None or isinstance(policies, Dense | Static | Sale | Mapping):
+            policy = UNIFORM_DEFAULT if policies is None else _parse("policies", policies)
+            table = cls([policy] * num_heads)
+        else:
+            table = cls([_parse(f"policies[{i}]", policy) for i, policy in enumerate(policies)])
+        if len(table.rows) != num_heads:
+            raise ValueError(
+                f"policies: want one for each of {num_heads} q heads, got {len(table.rows)}"
+            )
+        return table
+
+
+def _parse(name: str, policy: OnePolicy) -> Dense | Static | Sale:
+    try:
+        return parse_policy(dict(policy) if isinstance(policy, Mapping) else policy)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error

@@ -1,0 +1,57 @@
+"""The op in plain torch, one request at a time: the truth the kernels are held to.
+
+Nothing here is meant to be fast, and scores are kept whole: [T, S] fp32 per head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from vllm_sparse_backend.ops.policies import DENSE_TILE, tile_size
+from vllm_sparse_backend.ops.tiles import Q_BLOCK, TileList, causal_tiles, q_blocks
+from vllm_sparse_backend.selection import Dense, Sale, Static, sale, static
+
+
+def select(
+    q: torch.Tensor, k: torch.Tensor, policies: Sequence[Dense | Static | Sale], scale: float
+) -> TileList:
+    """The tiles each head computes. ``q`` [T, Hq, D] are the last T positions of ``k`` [S, Hkv, D].
+
+    One policy per q head; q head h reads kv head ``h // (Hq // Hkv)``.
+    """
+    blocks = q_blocks(q.shape[0], k.shape[0])
+    group = q.shape[1] // k.shape[1]
+    keep = []
+    for head, policy in enumerate(policies):
+        if isinstance(policy, Sale):
+            keep.append(sale.keep(policy, q[:, head], k[:, head // group], scale, blocks))
+        elif isinstance(policy, Static):
+            keep.append(static.keep(policy, blocks))
+        else:
+            keep.append(
+                [torch.ones(causal_tiles(b.end, DENSE_TILE), dtype=torch.bool) for b in blocks]
+            )
+    sizes = [tile_size(policy) for policy in policies]
+    return TileList.from_keep(keep, sizes, q.shape[0], k.shape[0])
+
+
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tiles: TileList, scale: float
+) -> torch.Tensor:
+    """Softmax attention over the causal keys of the kept tiles, in fp32; [T, Hq, D] of q's dtype.
+
+    ``q`` [T, Hq, D] are the last T positions of ``k``, ``v`` [S, Hkv, D].
+    """
+    group = q.shape[1] // k.shape[1]
+    position = torch.arange(k.shape[0] - q.shape[0], k.shape[0])  # [T]
+    row_block = position // Q_BLOCK - position[:1] // Q_BLOCK
+    causal = torch.arange(k.shape[0]) <= position[:, None]  # [T, S]
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    for head in range(q.shape[1]):
+        kept = tiles.mask(head).repeat_interleave(tiles.tile_sizes[head], 1)[:, : k.shape[0]]
+        s = scale * (q[:, head].float() @ k[:, head // group].float().T)  # [T, S]
+        s = s.masked_fill(~(kept[row_block] & causal), -torch.inf)
+        out[:, head] = (s.softmax(-1) @ v[:, head // group].float()).to(q.dtype)
+    return out

@@ -1,0 +1,79 @@
+"""Policies: which selector a head uses, and with which parameters.
+
+A policy is data: frozen, validated, comparable, the same object in a profile, in the
+ops' arguments and in a report. It knows neither torch nor the kernels.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+Tile: TypeAlias = Literal[16, 32, 64]
+
+
+class _Policy(BaseModel):
+    # allow_inf_nan: a NaN threshold would compare false with every score and so drop
+    # every tile; it must never get as far as a kernel.
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Dense(_Policy):
+    """Every causal tile is computed."""
+
+    selector: Literal["dense"] = "dense"
+
+
+class _Windowed(_Policy):
+    """What every sparse selector keeps whatever the scores say."""
+
+    sink: int = Field(default=64, ge=1, le=1 << 20, description="first tokens always kept")
+    local: int = Field(
+        default=256, ge=0, le=1 << 20, description="tokens before the q block always kept"
+    )
+    tile: Tile = Field(default=16, description="key tokens per tile")
+
+
+class Static(_Windowed):
+    """Sink and a local window, nothing else (MInference's A-shape).
+
+    The window may grow with the context as in MoA: at context length n (the position
+    after the q block's last token) it spans ``local + growth * n`` tokens.
+    """
+
+    selector: Literal["static"] = "static"
+    local: int = Field(default=1024, ge=0, le=1 << 20)
+    growth: float = Field(default=0.0, ge=0.0, le=1.0)
+
+
+class Sale(_Windowed):
+    """SALE's relative attention score (arXiv 2505.24179, section 3.2).
+
+    With ``m`` and ``l`` a row's maximum and sum over sink and local tiles, a further
+    tile is kept if any scored element of it reaches ``exp(s - m) / l >= tau``. Scores
+    come from integer products of Q and K quantized to ``bits`` bits. ``tau = 0`` keeps
+    everything.
+    """
+
+    selector: Literal["sale"] = "sale"
+    tau: float = Field(default=0.01, ge=0.0, le=1.0)
+    bits: Literal[4, 8] = 8
+    row_stride: Literal[1, 2, 4, 8] = Field(
+        default=4, description="query rows per scored row; the paper scores every row"
+    )
+
+
+Policy: TypeAlias = Annotated[Dense | Static | Sale, Field(discriminator="selector")]
+
+_ADAPTER: TypeAdapter[Dense | Static | Sale] = TypeAdapter(Policy)
+
+DENSE = Dense()
+# What a model without a profile gets: on the safe side of the thresholds that were
+# measured to leave perplexity, needles and copying unharmed.
+UNIFORM_DEFAULT = Sale()
+
+
+def parse_policy(value: Dense | Static | Sale | dict[str, object]) -> Dense | Static | Sale:
+    """A policy from itself or its dict. Raises ``pydantic.ValidationError`` (a ValueError)."""
+    return _ADAPTER.validate_python(value)
