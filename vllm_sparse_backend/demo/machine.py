@@ -1,0 +1,88 @@
+"""What the demo ran on: CPU features rather than a product name, and the versions of the parts."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+TOPOLOGY = Path("/sys/devices/system/cpu")
+# Those an attention kernel can tell apart, as /proc/cpuinfo spells them.
+FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16")
+PACKAGES = ("vllm-sparse-backend", "vllm", "torch", "transformers")
+
+
+class Machine(BaseModel):
+    """CPU, threads and versions, as the report shows them."""
+
+    model_config = ConfigDict(frozen=True)
+
+    architecture: str
+    features: tuple[str, ...]
+    cores: int
+    memory_gib: float
+    system: str
+    python: str
+    versions: dict[str, str]
+
+    def describe(self) -> str:
+        """One line: "x86_64 with avx2, fma; 2 cores; 23 GiB"."""
+        features = ", ".join(self.features) or "no vector features known here"
+        return f"{self.architecture} with {features}; {self.cores} cores; {self.memory_gib:.0f} GiB"
+
+
+def this_machine() -> Machine:
+    """The machine this process runs on."""
+    return Machine(
+        architecture=platform.machine(),
+        features=tuple(_features(Path("/proc/cpuinfo"))),
+        cores=usable_cores(),
+        memory_gib=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30,
+        system=platform.system(),
+        python=platform.python_version(),
+        versions=dict(_versions(PACKAGES)),
+    )
+
+
+def usable_cores() -> int:
+    """Physical cores this process may use: its affinity mask without SMT siblings, within the
+    cgroup's CPU quota if there is one."""
+    allowed = os.sched_getaffinity(0)
+    cores = {_siblings(cpu) for cpu in allowed}
+    return max(1, min(len(cores), _quota(Path("/sys/fs/cgroup/cpu.max"))))
+
+
+def _siblings(cpu: int) -> str:
+    try:
+        return (TOPOLOGY / f"cpu{cpu}" / "topology" / "thread_siblings_list").read_text()
+    except OSError:  # some containers hide it
+        return str(cpu)
+
+
+def _quota(cpu_max: Path) -> int:
+    try:
+        quota, period = cpu_max.read_text().split()
+        return int(quota) // int(period)
+    except (OSError, ValueError):  # no cgroup v2, or "max"
+        return os.cpu_count() or 1
+
+
+def _features(cpuinfo: Path) -> Iterable[str]:
+    try:
+        lines = cpuinfo.read_text().splitlines()
+    except OSError:
+        return
+    flags = next((line for line in lines if line.startswith("flags")), "").split()
+    yield from (name for name in FEATURES if name in flags)
+
+
+def _versions(packages: Iterable[str]) -> Iterable[tuple[str, str]]:
+    for name in packages:
+        try:
+            yield name, version(name)
+        except PackageNotFoundError:
+            yield name, "not installed"
