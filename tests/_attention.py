@@ -74,7 +74,9 @@ class Paged:
     kv_layout: str
 
     @property
-    def tensors(self) -> tuple[torch.Tensor, ...]:
+    def tensors(
+        self,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """The positional arguments of the op."""
         return self.q, self.kv_cache, self.block_table, self.query_start_loc, self.seq_lens
 
@@ -175,6 +177,22 @@ def plain(
     return torch.einsum("hts,shd->thd", p, v)
 
 
+def rounding_floor(qkv: QKV, mask: torch.Tensor, truth: torch.Tensor, scale: float) -> torch.Tensor:
+    """[T, H, D] float64: what rounding alone costs, however good the implementation.
+
+    The exact result once to the dtype, and every exact score s once to fp32, which changes its
+    weight by the share u * |s|. Beside a 16-bit result's rounding the latter is nothing.
+    """
+    floor = ROUNDOFF[qkv[0].dtype] * truth.abs()
+    if qkv[0].dtype == torch.float32:
+        q, k, v = (x.double() for x in qkv)
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        s = scale * torch.einsum("thd,shd->hts", q, k)
+        p = s.masked_fill(~mask, -torch.inf).softmax(-1)
+        floor += ROUNDOFF[torch.float32] * torch.einsum("hts,shd->thd", p * s.abs(), v.abs())
+    return floor
+
+
 def assert_accurate(
     out: torch.Tensor,
     qkv: QKV,
@@ -183,14 +201,14 @@ def assert_accurate(
 ) -> None:
     """Error against float64 at most twice that of plain torch in the same dtype.
 
-    In the largest element and on average. Rounding the exact result to the dtype costs up
-    to its unit roundoff, so no budget is smaller than twice that.
+    In the largest element and on average, and no budget is smaller than twice what rounding
+    alone may cost: the largest error of a single row of plain torch is a matter of luck.
     """
     q, k, v = qkv
     truth = plain(q.double(), k.double(), v.double(), mask, scale)
     own = (out.double() - truth).abs()
     other = (plain(q, k, v, mask, scale).double() - truth).abs()
-    floor = ROUNDOFF[q.dtype] * truth.abs()
+    floor = rounding_floor(qkv, mask, truth, q.shape[2] ** -0.5 if scale is None else scale)
     assert out.shape == q.shape
     assert out.dtype == q.dtype
     for name, of in (("largest", torch.amax), ("mean", torch.mean)):
@@ -203,9 +221,9 @@ def tie_width(q: torch.Tensor, k: torch.Tensor, scale: float) -> float:
 
     Scores, m and the estimates' mean term are fp32 sums of D products, each within
     D * u * |q| |k| of exact, whatever the order; l adds u per key and its exponentials'
-    relative error, taken as 2^-20. The integers are the same on both sides.
+    relative error, at most 3e-6 (< 2^-18). The integers are the same on both sides.
     """
     u, dim = 2.0**-24, q.shape[1]
     keys = k.float().norm(dim=1).amax() + k.float().mean(0).norm()
     size = float(scale * q.float().norm(dim=1).amax() * keys)
-    return 2 * ((2 * dim + 8) * u * size + len(k) * u + 2.0**-20)
+    return 2 * ((2 * dim + 8) * u * size + len(k) * u + 2.0**-18)

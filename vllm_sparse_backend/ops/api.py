@@ -102,6 +102,8 @@ def paged_sparse_attention(
     table, scale, batch = _check_paged(
         q, kv_cache, block_table, query_start_loc, seq_lens, policies, scale, requests, kv_layout
     )
+    if not use_reference:
+        checks.check_core_layout(q, kv_layout)
     if out is None:
         out = q.new_empty(q.shape) if batch.covers else q.new_zeros(q.shape)
     else:
@@ -158,6 +160,7 @@ def select_tiles(
     if use_reference:
         k, _ = layout.unpack(kv_cache, block_table[request], seq_len, kv_layout)
         return reference.select(q[rows], k, table.rows, scale)
+    checks.check_core_layout(q, kv_layout)
 
     from vllm_sparse_backend.ops.cpu import core
 

@@ -77,8 +77,9 @@ def check_scale(scale: float | None, head_dim: int) -> float:
     """The scale to use, ``head_dim ** -0.5`` unless given."""
     if scale is None:
         return float(head_dim**-0.5)
-    if not math.isfinite(scale):
-        raise ValueError(f"scale: want a finite number, got {scale}")
+    # With 0 a masked score is 0 * inf; below 0 the largest product is the smallest score.
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"scale: want a finite number above 0, got {scale}")
     return float(scale)
 
 
@@ -107,6 +108,15 @@ def check_cache(q: torch.Tensor, kv_cache: torch.Tensor, kv_layout: str) -> None
     if kv_cache.stride(3) != 1 or kv_cache.stride(2) != 2 * d:
         raise ValueError(
             f"kv_cache: want each (block, kv head) contiguous, got strides {kv_cache.stride()}"
+        )
+
+
+def check_core_layout(q: torch.Tensor, kv_layout: str) -> None:
+    """The compiled core reads ``kv_layout`` for q's dtype, as vLLM uses them together."""
+    if kv_layout == "amx" and q.dtype != torch.bfloat16:
+        raise ValueError(
+            f"kv_layout: want 'vec' or 'vec16' with {q.dtype} for impl 'cpu', got 'amx', "
+            "which it reads in bfloat16 only"
         )
 
 

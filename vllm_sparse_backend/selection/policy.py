@@ -57,7 +57,7 @@ class Sale(_Windowed):
     """
 
     selector: Literal["sale"] = "sale"
-    tau: float = Field(default=0.01, ge=0.0, le=1.0)
+    tau: float = Field(default=0.002, ge=0.0, le=1.0)
     bits: Literal[4, 8] = 8
     row_stride: Literal[1, 2, 4, 8] = Field(
         default=4, description="query rows per scored row; the paper scores every row"

@@ -37,7 +37,9 @@ def quantize(x: torch.Tensor, bits: int, group: int = 1) -> Quantized:
     padded = pad(x, (0, 0, 0, -x.shape[0] % group))
     peaks = padded.reshape(-1, group * x.shape[1]).abs().amax(1)  # [groups]
     amax = peaks.repeat_interleave(group)[: x.shape[0]]
-    inv = torch.where(amax == 0, 0.0, qmax / amax)
+    # A division of tensors: torch takes number / tensor for number * (1 / tensor), which is
+    # off by an ulp, and in 16-bit inputs a product that lies on a half is common.
+    inv = torch.where(amax == 0, 0.0, torch.full_like(amax, qmax) / amax)
     ints = (x * inv[:, None]).round().clamp(-qmax, qmax).nan_to_num(0.0)
     return Quantized(ints, torch.where(amax.isfinite(), amax / qmax, torch.nan))
 

@@ -225,7 +225,9 @@ def forward(
         kv_page=kv_cache.stride(0),
         kv_head=kv_cache.stride(1),
         requests=native_requests,
-        policies=_native_policies(table) if tiles_in is None else _listed_policies(tiles_in.tile_sizes),
+        policies=_native_policies(table)
+        if tiles_in is None
+        else _listed_policies(tiles_in.tile_sizes),
         num_requests=len(requests),
         num_heads=num_heads,
         num_kv_heads=kv_cache.shape[1],

@@ -12,22 +12,22 @@
 namespace vsb {
 namespace VSB_ISA_NAME {
 
-constexpr int kPanelTiles = 4;   // tiles per softmax step of one head
+constexpr int kPanelTiles = 8;   // tiles per softmax step of one head
 constexpr int kBatchTiles = 16;  // tiles packed before the heads go through them
 constexpr int kPanelKeys = kPanelTiles * kSub;
 constexpr float kLowest = -1e30f;  // finite, so that a fully masked row meets no inf - inf
 
 // What one head carries through the passes; scores are in base 2.
 struct Head {
-  int32_t *q;       // [kQBlock][words per row]
-  float *out;       // [kQBlock][head_dim], not yet divided by the sum
-  float *maxima;    // [kQBlock]
-  float *sums;      // [kQBlock][kLanes], summed over lanes only at the end
-  uint8_t *keep;    // [packed tiles]: what the next pass computes
+  int32_t *q;     // [kQBlock][words per row]
+  float *out;     // [kQBlock][head_dim], not yet divided by the sum
+  float *maxima;  // [kQBlock]
+  float *sums;    // [kQBlock][kLanes], summed over lanes only at the end
+  uint8_t *keep;  // [packed tiles]: what the next pass computes
   Window window;
 };
 
-struct Shared {  // of one thread
+struct Shared {      // of one thread
   float *scores;     // [kQBlock][kPanelKeys]
   int32_t *weights;  // [kQBlock][kPanelKeys], words
   int32_t *packed;   // [kBatchTiles][2 * kSub * head_dim]
@@ -119,8 +119,9 @@ void attend_panel(const VsbProblem &p, const Shared &s, Head &h, int rows, int32
   for (int t = 0; t < count; t += kTilesAtOnce)
     for (int r = 0; r < rows; r += kRows)
       with_sizes(rows - r, count - t, [&]<int R, int N>() {
-        query_key<C, R, N>(h.q + r * steps, steps, tiles + t, steps,
-                           s.scores + r * kPanelKeys + t * kSub, kPanelKeys);
+        for (int k = 0; k < steps; k += kMaxSteps)
+          query_key<C, R, N>(h.q + r * steps, steps, tiles + t, k, smaller(kMaxSteps, steps - k),
+                             s.scores + r * kPanelKeys + t * kSub, kPanelKeys);
       });
   alignas(64) float decay[kQBlock];
   const bool masked = first_key[count - 1] + kSub - 1 > first_row;
@@ -207,7 +208,8 @@ void attend(const VsbProblem &p, const KvHead &kv, int32_t q_block, char *scratc
     }
     if (policy.selector == VSB_LIST) {
       const int32_t per_tile = policy.tile / kSub, base = start / kQBlock;
-      const int64_t at = (int64_t)head * (ceil_div(request.seq_len, kQBlock) - base) + q_block - base;
+      const int64_t at =
+          (int64_t)head * (ceil_div(request.seq_len, kQBlock) - base) + q_block - base;
       for (int64_t i = p.list_indptr[at]; i < p.list_indptr[at + 1]; i++)
         for (int32_t j = 0; j < per_tile; j++)
           if (p.list_tiles[i] * per_tile + j < subs) h.keep[p.list_tiles[i] * per_tile + j] = 1;

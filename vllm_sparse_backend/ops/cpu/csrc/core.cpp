@@ -101,7 +101,8 @@ bool needs_codes(const VsbPolicy &p, int bits) {
 
 // Lays one kv head's codes out in memory; with a null base only counts.
 KvHead lay_out(const VsbProblem &p, const VsbRequest &request, int32_t head, Memory &memory) {
-  const int64_t pages = ceil_div(request.seq_len, p.page_size), group = p.num_heads / p.num_kv_heads;
+  const int64_t pages = ceil_div(request.seq_len, p.page_size),
+                group = p.num_heads / p.num_kv_heads;
   const int64_t subs = pages * (p.page_size / kSub);
   KvHead kv = {&request, head, nullptr, nullptr, {}};
   const VsbPolicy *policies = p.policies + head * group;
@@ -145,7 +146,8 @@ void plan_wave(const VsbProblem &p, Wave &wave) {
     const KvHead &kv = wave.heads[i];
     const VsbRequest &r = *kv.request;
     if (kv.mean)
-      for (int32_t page = 0; page * p.page_size < r.seq_len; page++) wave.pages.push_back({i, page, 0});
+      for (int32_t page = 0; page * p.page_size < r.seq_len; page++)
+        wave.pages.push_back({i, page, 0});
     for (int32_t b = (r.seq_len - r.query_len) / kQBlock; b * kQBlock < r.seq_len; b++)
       wave.blocks.push_back({i, b, cost_of(p, kv.head, (b + 1) * kQBlock)});
   }
@@ -157,7 +159,8 @@ void finish_mean(const VsbProblem &p, const KvHead &kv) {
   const int32_t pages = ceil_div(kv.request->seq_len, p.page_size);
   for (int32_t d = 0; d < p.head_dim; d++) {
     double sum = 0;
-    for (int32_t page = 0; page < pages; page++) sum += kv.page_sums[page * (int64_t)p.head_dim + d];
+    for (int32_t page = 0; page < pages; page++)
+      sum += kv.page_sums[page * (int64_t)p.head_dim + d];
     kv.mean[d] = static_cast<float>(sum / kv.request->seq_len);
   }
 }
@@ -178,19 +181,19 @@ void run_wave(const VsbProblem &p, const Kernels &k, const Wave &wave, int64_t s
     } catch (const std::bad_alloc &) {
       out_of_memory = true;
     }
-    each(next_sum, wave.pages.size(), [&](size_t i) {
-      k.sum_keys(p, wave.heads[wave.pages[i].kv], wave.pages[i].index);
-    });
+    double began = omp_get_wtime();
+    each(next_sum, wave.pages.size(),
+         [&](size_t i) { k.sum_keys(p, wave.heads[wave.pages[i].kv], wave.pages[i].index); });
+    double quantizing = omp_get_wtime() - began;
 #pragma omp barrier
     each(next_mean, wave.heads.size(), [&](size_t i) {
       if (wave.heads[i].mean) finish_mean(p, wave.heads[i]);
     });
 #pragma omp barrier
-    double began = omp_get_wtime();
-    each(next_page, wave.pages.size(), [&](size_t i) {
-      k.quantize_keys(p, wave.heads[wave.pages[i].kv], wave.pages[i].index);
-    });
-    const double quantizing = omp_get_wtime() - began;
+    began = omp_get_wtime();
+    each(next_page, wave.pages.size(),
+         [&](size_t i) { k.quantize_keys(p, wave.heads[wave.pages[i].kv], wave.pages[i].index); });
+    quantizing += omp_get_wtime() - began;
 #pragma omp barrier
     if (!out_of_memory) {
       ItemStats stats = {tiles.data(), tiles.data() + p.num_heads, quantizing, 0};
@@ -227,7 +230,8 @@ void forward(const VsbProblem &p, const Kernels &k) {
     Memory memory{shared_buffer.at_least(counter.used + 64)};
     Wave wave;
     for (; at < stop; at++)
-      wave.heads.push_back(lay_out(p, p.requests[at / p.num_kv_heads], at % p.num_kv_heads, memory));
+      wave.heads.push_back(
+          lay_out(p, p.requests[at / p.num_kv_heads], at % p.num_kv_heads, memory));
     plan_wave(p, wave);
     run_wave(p, k, wave, scratch_bytes);
   }

@@ -11,18 +11,18 @@ constexpr int kSub = 16;     // key tokens in a packed tile; a policy's tile is 
 
 // Keys of one kv head as integer codes, for selectors' scores.
 struct KeyCodes {
-  int8_t *codes;       // [sub][head_dim / depth][kSub][depth], depth as in simd.h
-  int32_t *row_shift;  // [sub][kSub]: what shifting the rows' codes adds to the products
-  float *inverse_step; // [sub]: codes per unit; NaN where the keys are not finite
+  int8_t *codes;        // [sub][head_dim / depth][kSub][depth], depth as in simd.h
+  int32_t *row_shift;   // [sub][kSub]: what shifting the rows' codes adds to the products
+  float *inverse_step;  // [sub]: codes per unit; NaN where the keys are not finite
 };
 
 // One kv head of one request: the unit whose keys are quantized together.
 struct KvHead {
   const VsbRequest *request;
   int32_t head;
-  double *page_sums;   // [pages][head_dim]
-  float *mean;         // [head_dim], over all seq_len keys
-  KeyCodes codes[2];   // for 8 and 4 bits; codes == nullptr where no head asks for it
+  double *page_sums;  // [pages][head_dim]
+  float *mean;        // [head_dim], over all seq_len keys
+  KeyCodes codes[2];  // for 8 and 4 bits; codes == nullptr where no head asks for it
 };
 
 struct ItemStats {

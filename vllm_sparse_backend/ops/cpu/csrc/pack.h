@@ -51,9 +51,7 @@ struct WidenedFloats : Floats {
 struct Pairs {
   static constexpr int kPerWord = 2;
   static constexpr bool kExact = false;
-  static VSB_INLINE vf multiply_add(vf acc, int32_t a, vi b) {
-    return dot_bf16(acc, splat(a), b);
-  }
+  static VSB_INLINE vf multiply_add(vf acc, int32_t a, vi b) { return dot_bf16(acc, splat(a), b); }
 };
 
 // Two rows of kLanes bf16 as words: the first row's value in the low half.

@@ -13,16 +13,20 @@ namespace VSB_ISA_NAME {
 constexpr int kRows = 6;
 constexpr int kTilesAtOnce = kLanes == 16 ? 4 : 1;
 constexpr int kVectors = 16 / kLanes;  // vectors in 16 words
+// Steps summed one after another: over 256 channels the rounding errors of one long sum are
+// twice those of two short ones.
+constexpr int kMaxSteps = 128;
 
-// scores[r, 16 t + n] = sum over steps of row r times key n of tile t.
+// scores[r, 16 t + n] = sum over steps of row r times key n of tile t, or what was there plus
+// that sum, if the steps do not begin at the first.
 template <class C, int R, int T>
-void query_key(const int32_t *rows, int64_t row_words, const Tile *tiles, int steps, float *scores,
-               int64_t score_words) {
+void query_key(const int32_t *rows, int64_t row_words, const Tile *tiles, int first_step, int steps,
+               float *scores, int64_t score_words) {
   constexpr int V = T * kVectors;
   vf acc[R][V] = {};
   const int32_t *keys[T];
 #pragma GCC unroll 4
-  for (int t = 0; t < T; t++) keys[t] = tiles[t].keys;
+  for (int t = 0; t < T; t++) keys[t] = tiles[t].keys + first_step * kSub;
   for (int k = 0; k < steps; k++) {
     vi b[V];
 #pragma GCC unroll 8
@@ -30,7 +34,7 @@ void query_key(const int32_t *rows, int64_t row_words, const Tile *tiles, int st
       b[v] = load_as<vi>(keys[v / kVectors] + k * kSub + v % kVectors * kLanes);
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
-      const int32_t a = rows[r * row_words + k];
+      const int32_t a = rows[r * row_words + first_step + k];
 #pragma GCC unroll 8
       for (int v = 0; v < V; v++) acc[r][v] = C::multiply_add(acc[r][v], a, b[v]);
     }
@@ -38,7 +42,10 @@ void query_key(const int32_t *rows, int64_t row_words, const Tile *tiles, int st
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
-    for (int v = 0; v < V; v++) store(scores + r * score_words + v * kLanes, acc[r][v]);
+    for (int v = 0; v < V; v++) {
+      float *at = scores + r * score_words + v * kLanes;
+      store(at, first_step ? load(at) + acc[r][v] : acc[r][v]);
+    }
 }
 
 // out[r, :] = decay[r] out[r, :] + sum over tiles and keys of weight times value, for T
@@ -92,8 +99,8 @@ void code_hits(const int32_t *rows, int64_t row_words, const int8_t *codes, int6
     key_codes b[V];
 #pragma GCC unroll 8
     for (int v = 0; v < V; v++)
-      b[v] = load_key_codes(codes + v / kVectors * tile_codes + k * kStepCodes +
-                            v % kVectors * kLoad);
+      b[v] =
+          load_key_codes(codes + v / kVectors * tile_codes + k * kStepCodes + v % kVectors * kLoad);
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
       const int32_t a = rows[r * row_words + k];

@@ -46,9 +46,7 @@ VSB_INLINE float encode_row(const float *q, int head_dim, float limit, row_code 
   }
   const float inverse = bound > 0 ? limit / bound : 0;
   for (int d = 0; d < head_dim; d += kLanes) {
-    vi c = round_to_int(load(q + d) * inverse);
-    c = c < (int32_t)limit ? c : splat((int32_t)limit);
-    c = c > -(int32_t)limit ? c : splat(-(int32_t)limit);
+    const vi c = to_codes(load(q + d), inverse, limit);
     for (int i = 0; i < kLanes; i++) codes[d + i] = (row_code)(c[i] + kRowShift);
   }
   return bound / limit;
