@@ -126,7 +126,7 @@ def test_lowering_a_threshold_drops_no_tile(impl: str, dtype: torch.dtype) -> No
 @pytest.mark.parametrize("impl", IMPLS)
 def test_scoring_more_rows_drops_no_tile(impl: str) -> None:
     paged = make_paged([make_qkv(10, 500, 500)])
-    policies = [Sale(sink=16, local=64, row_stride=stride) for stride in (8, 4, 2, 1)]  # type: ignore[arg-type]
+    policies = [Sale(sink=16, local=64, row_stride=stride) for stride in (8, 4, 2, 1)]
     masks = [select_tiles(*paged.tensors, policy, impl=impl).mask(0) for policy in policies]
     for fewer, more in itertools.pairwise(masks):
         assert not (fewer & ~more).any()

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
@@ -19,6 +20,8 @@ from vllm_sparse_backend.selection import Policy
 
 SECTION = "sparse_prefill"
 ENV_PREFIX = "VLLM_SPARSE_PREFILL_"
+# Of setup.py, at install time; an image may well leave it set.
+BUILD_VARIABLE = ENV_PREFIX + "BUILD"
 # Set by us for our own child processes; not VLLM_*, which vLLM would warn about.
 SESSION_VARIABLE = "SPARSE_PREFILL_SESSION"
 
@@ -94,11 +97,23 @@ def session_directory(environ: Mapping[str, str] | None = None) -> Path | None:
     return Path(value) if value else None
 
 
-def announce_session(
-    directory: Path, environ: MutableMapping[str, str] | None = None
-) -> None:
+def announce_session(directory: Path, environ: MutableMapping[str, str] | None = None) -> None:
     """Have the child processes to come find ``directory``."""
     (os.environ if environ is None else environ)[SESSION_VARIABLE] = str(directory)
+
+
+@contextmanager
+def vllm_log_level(level: str) -> Iterator[None]:
+    """vLLM's log level, should it be imported in the meantime."""
+    before = os.environ.get("VLLM_LOGGING_LEVEL")
+    os.environ["VLLM_LOGGING_LEVEL"] = level
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["VLLM_LOGGING_LEVEL"]
+        else:
+            os.environ["VLLM_LOGGING_LEVEL"] = before
 
 
 def _section(additional_config: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -117,8 +132,12 @@ def _overrides(environ: Mapping[str, str] | None) -> dict[str, Any]:
     fields = {}
     for variable, text in overrides_in(environ).items():
         name = variable.removeprefix(ENV_PREFIX).lower()
+        if variable == BUILD_VARIABLE:
+            continue
         if name not in SparseConfig.model_fields:
-            raise ConfigError(f"{variable}: {unknown(variable, environment_names())}")
+            # Compared without the prefix, which makes any two of them look alike.
+            known = [field.upper() for field in SparseConfig.model_fields]
+            raise ConfigError(f"{variable}: {unknown(name.upper(), known)}")
         try:
             fields[name] = _parse(name, text)
         except ValidationError as error:
@@ -133,6 +152,9 @@ def _parse(name: str, text: str) -> Any:
     field = SparseConfig.model_fields[name]
     if not text and field.default is None:  # NAME= takes back what --additional-config set
         return None
+    # With the field's bounds, so that it is the variable that is named when they do not hold.
+    bounded: Any = Annotated[field.annotation, Field(), *field.metadata]
+    adapter: TypeAdapter[Any] = TypeAdapter(bounded)
     if name == "policy":
-        return json.loads(text)
-    return TypeAdapter(field.annotation).validate_strings(text)
+        return adapter.validate_python(json.loads(text))
+    return adapter.validate_strings(text)

@@ -6,8 +6,11 @@ pydantic dataclass, which would wrap a ValueError into a report of its own.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from difflib import get_close_matches
+from functools import cache
+from types import TracebackType
 
 from pydantic import ValidationError
 
@@ -29,6 +32,23 @@ class ProfileError(SparsePrefillError):
 
 class ProfileMismatch(ProfileError):
     """A valid profile, but of another model."""
+
+
+@cache
+def hide_traceback() -> None:
+    """Have a SparsePrefillError that ends this process print its message and nothing else.
+
+    What went wrong lies in the user's input, not in the twenty calls that led here.
+    """
+    before = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if isinstance(error, SparsePrefillError):
+            print(f"error: sparse_prefill: {error}", file=sys.stderr)
+        else:
+            before(kind, error, trace)
+
+    sys.excepthook = hook
 
 
 def unknown(name: str, known: Iterable[str]) -> str:

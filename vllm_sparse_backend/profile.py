@@ -224,6 +224,8 @@ def _read(path: Path) -> str:
         raise ProfileError(f"profile {path}: not UTF-8 text: {error.reason}") from None
     except OSError as error:  # missing, not readable
         raise ProfileError(f"profile {path}: {error.strerror}") from None
+    except ValueError as error:  # a path that no file can have
+        raise ProfileError(f"profile {str(path)!r}: {error}") from None
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -151,9 +151,7 @@ def make_plan(
         DenseReason.SHORT_CONTEXT: ~decode & ~short & ~sparse,
     }
     dense_tokens = {
-        reason: tokens
-        for reason, these in reasons.items()
-        if (tokens := int(rows[these].sum()))
+        reason: tokens for reason, these in reasons.items() if (tokens := int(rows[these].sum()))
     }
     if not sparse.any():
         return Plan(dense_tokens=dense_tokens)

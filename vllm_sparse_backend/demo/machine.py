@@ -12,7 +12,16 @@ from pydantic import BaseModel, ConfigDict
 
 TOPOLOGY = Path("/sys/devices/system/cpu")
 # Those an attention kernel can tell apart, as /proc/cpuinfo spells them.
-FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16")
+FEATURES = (
+    "avx2",
+    "fma",
+    "f16c",
+    "avx512f",
+    "avx512_vnni",
+    "avx512_bf16",
+    "avx512_fp16",
+    "amx_bf16",
+)
 PACKAGES = ("vllm-sparse-backend", "vllm", "torch", "transformers")
 
 

@@ -148,13 +148,13 @@ def convert(gguf: Path, target: Path) -> None:
 def _clean_config(config: Any) -> Any:
     from transformers import LlamaConfig
 
-    kept = (
-        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
-        "num_key_value_heads head_dim max_position_embeddings rope_parameters tie_word_embeddings "
-        "bos_token_id eos_token_id pad_token_id"
-    ).split()
+    kept = """
+        vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
+        num_key_value_heads head_dim max_position_embeddings rope_parameters tie_word_embeddings
+        bos_token_id eos_token_id pad_token_id
+    """
     return LlamaConfig(
-        **{name: getattr(config, name) for name in kept},
+        **{name: getattr(config, name) for name in kept.split()},
         architectures=["LlamaForCausalLM"],
         dtype="bfloat16",
         # GGUF keeps it as a float32: 9.999999747378752e-06

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -56,6 +57,7 @@ class ServerOptions:
         arguments += ["--max-model-len", str(self.max_model_len)]
         arguments += ["--max-num-batched-tokens", str(self.chunk_tokens)]
         arguments += ["--max-num-seqs", "8", "--generation-config", "vllm"]
+        arguments += ["--enable-prompt-tokens-details"]  # says what came from the prefix cache
         if self.hf_overrides:
             arguments += ["--hf-overrides", json.dumps(self.hf_overrides, separators=(",", ":"))]
         if side == "sparse" and self.sparse_config:
@@ -101,6 +103,11 @@ class Server:
     def url(self) -> str:
         """Where the server listens, without a path."""
         return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def session(self) -> int:
+        """The id of the session that holds all of the server's processes; 0: not running."""
+        return self._process.pid if self._process is not None else 0
 
     def __enter__(self) -> Self:
         try:
@@ -172,10 +179,8 @@ class Server:
             except subprocess.TimeoutExpired:
                 note(f"the {self.side} server does not end by itself; killing it")
         # The engine is a process of its own and may outlive the one that was asked to end.
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         process.wait()
 
     def _healthy(self) -> bool:
@@ -199,3 +204,14 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
     return port
+
+
+def is_free(port: int) -> bool:
+    """Whether nobody listens on this TCP port."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True

@@ -18,15 +18,15 @@ from typing import Any
 
 # Modules of the standard library that every CPython ships as source, of ordinary code with
 # docstrings; long tables (mimetypes, html.entities) and generated code are not among them.
-MODULES = (
-    "argparse ast asyncio/base_events asyncio/streams bdb calendar configparser csv "
-    "dataclasses difflib doctest enum fractions ftplib functools gettext gzip heapq http/client "
-    "http/cookiejar imaplib inspect ipaddress json/decoder logging/__init__ mailbox optparse pathlib "
-    "pdb pickle plistlib poplib pprint profile queue random sched selectors shelve shlex shutil "
-    "smtplib socketserver statistics string subprocess tarfile tempfile textwrap threading timeit "
-    "tokenize trace traceback typing unittest/case unittest/mock urllib/parse urllib/request uuid "
-    "weakref zipfile/__init__"
-).split()
+MODULES = """
+argparse ast asyncio/base_events asyncio/streams bdb calendar configparser csv dataclasses
+difflib doctest enum fractions ftplib functools gettext gzip heapq http/client http/cookiejar
+imaplib inspect ipaddress json/decoder logging/__init__ mailbox optparse pathlib pdb pickle
+plistlib poplib pprint profile queue random sched selectors shelve shlex shutil smtplib
+socketserver statistics string subprocess tarfile tempfile textwrap threading timeit tokenize
+trace traceback typing unittest/case unittest/mock urllib/parse urllib/request uuid weakref
+zipfile/__init__
+"""
 NAMES = (
     "pass key", "door code", "locker number", "flight number", "phone extension", "account number",
     "parcel number", "room number", "case number", "ticket number",
@@ -114,7 +114,7 @@ def _blocks(rng: random.Random) -> Iterator[str]:
     from pydoc_data.topics import topics
 
     library = Path(sysconfig.get_path("stdlib"))
-    sources = [path for name in MODULES if (path := library / f"{name}.py").is_file()]
+    sources = [path for name in MODULES.split() if (path := library / f"{name}.py").is_file()]
     if not sources:
         raise RuntimeError(f"no library sources in {library}: the demo takes its text from them")
     prose = [topics[name] for name in sorted(topics) if len(topics[name]) > SECTION_CHARACTERS // 4]

@@ -118,10 +118,12 @@ def read_totals(directory: Path) -> Totals:
             content = path.read_bytes()
             header = json.loads(content[:HEADER_BYTES])
             values = memoryview(content)[HEADER_BYTES:].cast("d")
-        except (OSError, ValueError, TypeError):
+            slots = list(zip(map(tuple, header["slots"]), values, strict=True))
+            info = dict(header["info"])
+        except (OSError, ValueError, TypeError, KeyError):
             continue
-        for key, value in zip(map(tuple, header["slots"]), values, strict=True):
+        for key, value in slots:
             totals.values[key] = totals.values.get(key, 0.0) + value
-        if header["info"] not in totals.infos:
-            totals.infos.append(header["info"])
+        if info not in totals.infos:
+            totals.infos.append(info)
     return totals

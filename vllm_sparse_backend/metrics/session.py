@@ -42,7 +42,9 @@ class Session:
         Finalize(None, self._end, exitpriority=LAST)
 
     def _end(self) -> None:
-        logger.info("sparse_prefill: %s", read_totals(self.directory).summary())
+        totals = read_totals(self.directory)
+        if totals.infos:  # else no worker came so far
+            logger.info("sparse_prefill: %s", totals.summary())
         shutil.rmtree(self.directory, ignore_errors=True)
 
 

@@ -1,0 +1,41 @@
+"""What several test files use."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from _models import make_llama
+
+from vllm_sparse_backend.demo.model import ensure_model
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The folder of SmolLM2-135M-Instruct: a real model, converted once per machine."""
+    return ensure_model()
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a Llama with random weights that starts in seconds; prompts are token ids."""
+    return make_llama(tmp_path_factory.mktemp("tiny") / "llama")
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[[str, str | bytes], Path]:
+    """Write a file and return its path."""
+
+    def write_file(name: str, content: str | bytes) -> Path:
+        path = tmp_path / name
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return path
+
+    return write_file
+
+
+def pytest_unconfigure() -> None:
+    # vLLM logs to what was stdout when it was imported: pytest's capture, closed by now.
+    logging.raiseExceptions = False

@@ -1,0 +1,235 @@
+"""Counters from the worker's file to /metrics and the last line, across real processes."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from vllm_sparse_backend.backend.plan import DenseReason
+from vllm_sparse_backend.metrics import Counters, read_totals
+from vllm_sparse_backend.metrics.counters import ATTEND, CAUSAL, COMPUTED, SELECT, SPARSE, dense
+from vllm_sparse_backend.metrics.prometheus import INFO_LABELS, Collector
+
+INFO = {"isa": "avx2", "profile": 'a "name" \\ of\nmine', "digest": "sha256:0", "version": "0"}
+REASONS = [str(reason) for reason in DenseReason]
+
+
+def scrape(directory: Path) -> dict[tuple[str, tuple[str, ...]], float]:
+    """What a Prometheus server would read: by sample name and label values in order."""
+    registry = CollectorRegistry()
+    registry.register(Collector(directory))
+    text = generate_latest(registry).decode()
+    return {
+        (sample.name, tuple(sample.labels[name] for name in sorted(sample.labels))): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def test_counters_add_up_and_are_read_at_any_time(tmp_path: Path) -> None:
+    own = Counters(tmp_path, REASONS, INFO)
+    totals = read_totals(tmp_path)
+    assert set(totals.values.values()) == {0.0}
+    assert len(totals.values) == 1 + len(REASONS) + 4
+    assert totals.infos == [INFO]
+    assert totals.summary() == "no tokens were computed"
+    own.add(SPARSE, 3)
+    own.add(SPARSE, 2**52)
+    own.add(dense("decode"), 7)
+    own.add(SELECT, 0.25)
+    values = read_totals(tmp_path).values
+    assert values[SPARSE] == 2**52 + 3
+    assert values[dense("decode")] == 7
+    assert values[SELECT] == 0.25
+    with pytest.raises(KeyError):
+        own.add(dense("because"), 1)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".counters"]
+
+
+def test_one_process_may_have_several_engines(tmp_path: Path) -> None:
+    first, second = (Counters(tmp_path, REASONS, INFO) for _ in range(2))
+    first.add(SPARSE, 1)
+    second.add(SPARSE, 2)
+    assert read_totals(tmp_path).values[SPARSE] == 3
+
+
+def test_a_header_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="header: want at most 8192 bytes, got"):
+        Counters(tmp_path, REASONS, {"profile": "x" * 9000})
+
+
+WORKER = """
+import sys, os, signal
+from pathlib import Path
+from vllm_sparse_backend.metrics import Counters
+from vllm_sparse_backend.metrics.counters import SPARSE, COMPUTED
+number = int(sys.argv[2])
+own = Counters(Path(sys.argv[1]), ["decode"], {"isa": f"isa{number % 2}", "profile": "p",
+                                               "digest": "d", "version": "0"})
+for _ in range(1000):
+    own.add(SPARSE, number)
+    own.add(COMPUTED, 0.5)
+os.kill(os.getpid(), signal.SIGKILL)  # what was counted outlives a worker that is killed
+"""
+
+
+def test_several_processes_one_of_which_after_another_is_killed(tmp_path: Path) -> None:
+    workers = [
+        subprocess.Popen([sys.executable, "-c", WORKER, str(tmp_path), str(number)])
+        for number in (1, 2, 3)
+    ]
+    while any(worker.poll() is None for worker in workers):
+        read_totals(tmp_path)  # at any time
+    assert [worker.returncode for worker in workers] == [-signal.SIGKILL] * 3
+    totals = read_totals(tmp_path)
+    assert totals.values[SPARSE] == 6000
+    assert totals.values[COMPUTED] == 1500
+    assert sorted(info["isa"] for info in totals.infos) == ["isa0", "isa1"]
+
+
+def test_files_that_cannot_be_read_are_left_out(tmp_path: Path) -> None:
+    own = Counters(tmp_path, ["decode"], INFO)
+    own.add(SPARSE, 5)
+    whole = own.path.read_bytes()
+    for i, content in enumerate(
+        (
+            b"",
+            whole[:100],
+            whole[:-8],
+            whole[:-3],
+            whole + bytes(8),
+            b"[]".ljust(8192),
+            b"{}".ljust(8192),
+        )
+    ):
+        (tmp_path / f"{i}.counters").write_bytes(content)
+    (tmp_path / "folder.counters").mkdir()
+    totals = read_totals(tmp_path)
+    assert totals.values[SPARSE] == 5
+    assert totals.infos == [INFO]
+    assert read_totals(tmp_path / "none").values == {}
+
+
+def test_metrics_as_prometheus_reads_them(tmp_path: Path) -> None:
+    assert scrape(tmp_path) == {}
+    own = Counters(tmp_path, REASONS, INFO)
+    own.add(SPARSE, 12)
+    own.add(dense("decode"), 5)
+    for key, amount in ((COMPUTED, 30), (CAUSAL, 100), (SELECT, 0.5), (ATTEND, 1.5)):
+        own.add(key, amount)
+    samples = scrape(tmp_path)
+    assert (
+        samples.pop(("vllm:sparse_prefill_info", tuple(INFO[name] for name in sorted(INFO_LABELS))))
+        == 1
+    )
+    name = "vllm:sparse_prefill_layer_tokens_total"
+    assert samples.pop((name, ("sparse", ""))) == 12
+    assert samples.pop((name, ("dense", "decode"))) == 5
+    for reason in set(REASONS) - {"decode"}:
+        assert samples.pop((name, ("dense", reason))) == 0
+    assert samples == {
+        ("vllm:sparse_prefill_tiles_total", ("computed",)): 30,
+        ("vllm:sparse_prefill_tiles_total", ("causal",)): 100,
+        ("vllm:sparse_prefill_seconds_total", ("select",)): 0.5,
+        ("vllm:sparse_prefill_seconds_total", ("attend",)): 1.5,
+    }
+
+
+def test_the_last_line(tmp_path: Path) -> None:
+    own = Counters(tmp_path, REASONS, INFO)
+    own.add(dense("decode"), 10)
+    own.add(dense("short_context"), 30)
+    assert read_totals(tmp_path).summary() == (
+        "0.0% of 40 layer tokens sparse; dense: short_context 75.0%, decode 25.0%"
+    )
+    own.add(SPARSE, 60)
+    for key, amount in ((COMPUTED, 25), (CAUSAL, 100), (SELECT, 0.52), (ATTEND, 1.5)):
+        own.add(key, amount)
+    assert read_totals(tmp_path).summary() == (
+        "60.0% of 100 layer tokens sparse (density 0.250, 0.5 thread seconds selecting, "
+        "1.5 attending); dense: short_context 30.0%, decode 10.0%"
+    )
+
+
+SESSION = """
+import logging, multiprocessing, os, sys
+logging.basicConfig(level=logging.INFO, stream=sys.stdout)
+from vllm_sparse_backend.metrics import Counters, open_session
+from vllm_sparse_backend.metrics.counters import SPARSE
+
+def worker(wanted):
+    found = open_session()
+    assert found == wanted, (found, wanted)
+    Counters(found, ["decode"], {"isa": "x"}).add(SPARSE, 10)
+
+if __name__ == "__main__":
+    directory = open_session()
+    assert open_session() == directory
+    assert directory.stat().st_mode & 0o777 == 0o700
+    print(directory, flush=True)
+    context = multiprocessing.get_context("spawn")
+    child = context.Process(target=worker, args=(directory,))
+    child.start()
+    child.join()
+    assert child.exitcode == 0 and directory.is_dir()
+    if sys.argv[1:] == ["wait"]:
+        sys.stdin.read()
+"""
+
+
+def session(tmp_path: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    script = tmp_path / "session.py"
+    script.write_text(SESSION)
+    return subprocess.Popen(
+        [sys.executable, str(script), *arguments],
+        env={**os.environ, "TMPDIR": str(tmp_path), **environment},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_session_is_shared_summed_up_and_removed(tmp_path: Path) -> None:
+    out, _ = (server := session(tmp_path)).communicate()
+    assert server.returncode == 0
+    directory, summary = out.splitlines()
+    assert summary.endswith("sparse_prefill: 100.0% of 10 layer tokens sparse")
+    assert not Path(directory).exists()
+
+
+def test_stale_directories_are_removed_and_live_ones_are_not(tmp_path: Path) -> None:
+    killed, living = (session(tmp_path, "wait") for _ in range(2))
+    directories = []
+    for server in (killed, living):
+        assert server.stdout is not None
+        directories.append(Path(server.stdout.readline().strip()))
+        while not list(directories[-1].glob("*.counters")):
+            time.sleep(0.05)
+    stale, live = directories
+    killed.kill()
+    killed.wait()
+    # A server that was started by hand from within another does not enter its session.
+    within, _ = session(tmp_path, SPARSE_PREFILL_SESSION=str(live)).communicate()
+    assert re.match(str(tmp_path), within)
+    assert within.splitlines()[0] != str(live)
+    assert stale.is_dir()  # it may be one that is just being made
+    old = time.time() - 100
+    for directory in (stale, live):
+        os.utime(directory, (old, old))
+    foreign = tmp_path / "vllm-sparse-prefill-no-directory"
+    foreign.write_text("")
+    session(tmp_path).communicate()
+    assert not stale.exists()
+    assert live.is_dir()
+    living.communicate()
+    assert living.returncode == 0
+    assert not live.exists()

@@ -1,0 +1,187 @@
+"""Who goes where: every request and every layer, each reason reached."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import settings as budget
+from hypothesis import strategies as st
+
+from vllm_sparse_backend.backend.plan import (
+    REQUEST_REASONS,
+    Capabilities,
+    DenseReason,
+    LayerTraits,
+    Plan,
+    Run,
+    make_plan,
+    why_dense,
+)
+
+CORE = Capabilities(head_dims=(64, 128), dtypes=("bfloat16", "float32"), kv_layouts=("vec", "amx"))
+PLAIN = LayerTraits(head_dim=64, dtype="bfloat16")
+FLAGS = {
+    "sliding_window": DenseReason.SLIDING_WINDOW,
+    "sinks": DenseReason.SINKS,
+    "softcap": DenseReason.SOFTCAP,
+    "alibi": DenseReason.ALIBI,
+    "kv_sharing": DenseReason.KV_SHARING,
+    "draft": DenseReason.DRAFT,
+    "context_parallel": DenseReason.CONTEXT_PARALLEL,
+    "quantized_kv": DenseReason.QUANTIZED_KV,
+}
+KINDS = (
+    DenseReason.MLA,
+    DenseReason.ENCODER,
+    DenseReason.CROSS_ATTENTION,
+    DenseReason.NON_CAUSAL,
+    DenseReason.MULTIMODAL_PREFIX,
+    DenseReason.CHUNKED_ATTENTION,
+    DenseReason.OTHER_ATTENTION,
+    DenseReason.OUTPUT_QUANT,
+)
+CANNOT: tuple[tuple[dict[str, Any], DenseReason], ...] = (
+    ({"kv_layout": "neon"}, DenseReason.KV_LAYOUT),
+    ({"dtype": "float16"}, DenseReason.DTYPE),
+    ({"head_dim": 72}, DenseReason.HEAD_DIM),
+)
+
+
+def test_a_plain_layer_can_be_sparse() -> None:
+    options: tuple[dict[str, Any], ...] = (
+        {},
+        {"kv_layout": "vec"},
+        {"kv_layout": "amx"},
+        {"head_dim": 128},
+    )
+    for changes in options:
+        assert why_dense(dataclasses.replace(PLAIN, **changes), CORE) is None
+
+
+def test_every_reason_is_reached_by_what_it_names() -> None:
+    changes: list[tuple[dict[str, Any], DenseReason]] = [
+        *[({name: True}, reason) for name, reason in FLAGS.items()],
+        *[({"kind": kind}, kind) for kind in KINDS],
+        *CANNOT,
+    ]
+    for change, reason in changes:
+        assert why_dense(dataclasses.replace(PLAIN, **change), CORE) is reason
+        # Switched off is said of every layer, whatever else may be said of it.
+        off = why_dense(dataclasses.replace(PLAIN, **change), CORE, enabled=False)
+        assert off is DenseReason.SWITCHED_OFF
+    assert why_dense(PLAIN, CORE, enabled=False) is DenseReason.SWITCHED_OFF
+    reached = {reason for _, reason in changes} | {DenseReason.SWITCHED_OFF}
+    assert reached | set(REQUEST_REASONS) == set(DenseReason)
+    assert not reached & set(REQUEST_REASONS)
+
+
+def test_no_flag_of_a_layer_is_forgotten() -> None:
+    flags = {f.name for f in dataclasses.fields(LayerTraits) if f.default is False}
+    assert flags == set(FLAGS)
+
+
+def test_reasons_are_labels() -> None:
+    assert all(reason.value.isidentifier() and reason.value.islower() for reason in DenseReason)
+
+
+def test_the_requests_of_one_step() -> None:
+    #         decode, short query, short context, sparse, padding, sparse, decode, decode
+    rows = [1, 63, 64, 64, 0, 200, 1, 1]
+    context = [9000, 9000, 2047, 2048, 0, 5000, 10, 5000]
+    starts = np.concatenate(([0], np.cumsum(rows)))
+    plan = make_plan(starts, context, min_query_tokens=64, min_prompt_tokens=2048)
+    assert plan == Plan(
+        sparse=[3, 5],
+        sparse_tokens=264,
+        dense=[Run(0, 3, 0, 128), Run(6, 8, 392, 394)],
+        dense_tokens={
+            DenseReason.DECODE: 3,
+            DenseReason.SHORT_QUERY: 63,
+            DenseReason.SHORT_CONTEXT: 64,
+        },
+    )
+    assert plan.tokens == sum(rows)
+
+
+@pytest.mark.parametrize(("prefilling", "reason"), [(True, None), (False, DenseReason.DECODE)])
+def test_what_is_told_of_a_request_counts_more_than_its_rows(
+    prefilling: bool, reason: DenseReason | None
+) -> None:
+    """A last prompt token by itself is prefill; a speculated draft of many tokens is decode."""
+    plan = make_plan(
+        [0, 100, 101], [500, 501], min_query_tokens=1, min_prompt_tokens=1,
+        prefilling=[prefilling] * 2,
+    )  # fmt: skip
+    assert plan.sparse == ([0, 1] if reason is None else [])
+    assert plan.dense_tokens == ({} if reason is None else {reason: 101})
+
+
+def test_without_sparse_requests_nothing_is_cut_up() -> None:
+    plan = make_plan([0, 1, 51], [100, 50], min_query_tokens=64, min_prompt_tokens=2048)
+    assert not plan.sparse
+    assert plan.dense == []
+    assert plan.dense_tokens == {DenseReason.DECODE: 1, DenseReason.SHORT_QUERY: 50}
+    assert make_plan([0], [], min_query_tokens=64, min_prompt_tokens=1) == Plan()
+
+
+Request = tuple[int, int, bool]  # rows, context before, prefilling
+REQUESTS = st.lists(
+    st.tuples(
+        st.sampled_from([0, 1, 2, 63, 64, 65, 300]),
+        st.sampled_from([0, 1, 1983, 1984, 2047, 2048, 9000]),
+        st.booleans(),
+    ),
+    max_size=12,
+)
+
+
+def plan_of(requests: list[Request], told: bool = True) -> Plan:
+    starts = [0]
+    for rows, _, _ in requests:
+        starts.append(starts[-1] + rows)
+    return make_plan(
+        np.array(starts, dtype=np.int32),
+        np.array([rows + before for rows, before, _ in requests], dtype=np.int32),
+        min_query_tokens=64,
+        min_prompt_tokens=2048,
+        prefilling=[prefilling for *_, prefilling in requests] if told else None,
+    )
+
+
+@budget(max_examples=200, deadline=None, derandomize=True)
+@given(REQUESTS, st.booleans())
+def test_every_row_is_in_exactly_one_place(requests: list[Request], told: bool) -> None:
+    plan = plan_of(requests, told)
+    starts = np.concatenate(([0], np.cumsum([rows for rows, *_ in requests]))).astype(int)
+    places = np.zeros(starts[-1], dtype=int)
+    for r in plan.sparse:
+        places[starts[r] : starts[r + 1]] += 1
+    assert plan.sparse_tokens == places.sum()
+    for run in plan.dense:
+        assert (run.start, run.stop) == (starts[run.first], starts[run.last])
+        assert run.start < run.stop
+        places[run.start : run.stop] += 1
+    assert plan.tokens == starts[-1]
+    if plan.sparse:
+        assert (places == 1).all()
+        assert plan.sparse == sorted(set(plan.sparse))
+        # Runs are as long as they can be: something sparse lies between two of them.
+        for left, right in zip(plan.dense, plan.dense[1:], strict=False):
+            assert any(left.last <= r < right.first for r in plan.sparse)
+    else:
+        assert plan.dense == []
+
+
+@budget(max_examples=200, deadline=None, derandomize=True)
+@given(REQUESTS, st.booleans())
+def test_a_decision_depends_on_its_request_alone(requests: list[Request], told: bool) -> None:
+    alone = [plan_of([request], told) for request in requests]
+    together = plan_of(requests, told)
+    assert together.sparse == [r for r, plan in enumerate(alone) if plan.sparse]
+    for reason in REQUEST_REASONS:
+        wanted = sum(plan.dense_tokens.get(reason, 0) for plan in alone)
+        assert together.dense_tokens.get(reason, 0) == wanted

@@ -1,0 +1,189 @@
+"""What is served, worked out from vLLM's configuration: at start, before any weights are loaded,
+and again, to the same result, in every worker.
+
+`check` stops the start with one message if anything is wrong with configuration, profile or
+machine. Workers are spawned and get nothing but the pickled configuration and the environment:
+they `resolve` it once more.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pydantic import ValidationError
+
+from vllm_sparse_backend import compat
+from vllm_sparse_backend.backend import expect
+from vllm_sparse_backend.backend.plan import Capabilities
+from vllm_sparse_backend.config import SparseConfig, load_config, session_directory
+from vllm_sparse_backend.errors import ConfigError, SparsePrefillError, describe, hide_traceback
+from vllm_sparse_backend.profile import ModelFacts, Profile, load_profile
+from vllm_sparse_backend.profiles import shipped_for
+from vllm_sparse_backend.selection import UNIFORM_DEFAULT, Policy
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, VllmConfig
+
+logger = logging.getLogger("vllm.sparse_prefill")
+
+SHORT_DIGEST = len("sha256:") + 12  # enough to tell profiles apart in a log
+NO_ISA = "none"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What one server runs with."""
+
+    config: SparseConfig
+    isa: str  # of the CPU core; NO_ISA where it is switched off
+    profile: Profile | None
+    shipped: bool = False  # the profile is one that comes with the package
+
+    @property
+    def uniform(self) -> Policy:
+        """Every head's policy where there is no profile."""
+        return self.config.policy or UNIFORM_DEFAULT
+
+    def labels(self) -> dict[str, str]:
+        """The labels of the info metric."""
+        from vllm_sparse_backend import __version__
+
+        return {
+            "isa": self.isa,
+            "profile": self.profile.name if self.profile else "uniform",
+            "digest": self.profile.digest if self.profile else "",
+            "version": __version__,
+        }
+
+    def policies(self) -> str:
+        """Which policies apply, in a few words."""
+        if self.profile is None:
+            return f"no profile, every head {_brief(self.uniform)}"
+        digest = self.profile.digest[:SHORT_DIGEST]
+        origin = ", shipped" if self.shipped else ""
+        defaults = _brief(self.profile.defaults)
+        return f"profile {self.profile.name} ({digest}{origin}), defaults {defaults}"
+
+    def describe(self) -> str:
+        """What runs, in a few words that follow "sparse_prefill: "."""
+        if not self.config.enabled:
+            return "switched off, everything is computed by CPU_ATTN"
+        return (
+            f"prefill on CPU with {self.isa}, the rest by CPU_ATTN; {self.policies()}; "
+            f"sparse from {self.config.min_prompt_tokens} tokens of context and "
+            f"{self.config.min_query_tokens} of a step on"
+        )
+
+
+def resolve(vllm_config: VllmConfig) -> Setup:
+    """What to run with. Raises SparsePrefillError; the message says what to change."""
+    config = load_config(vllm_config.additional_config)
+    isa = _use_isa(config)
+    model = vllm_config.model_config
+    if model is None:  # a configuration of parts, as tests and tools make them
+        return Setup(config, isa, None)
+    facts = facts_of(model)
+    if config.profile is not None:
+        profile = load_profile(config.profile)
+        profile.match(facts)
+        return Setup(config, isa, profile)
+    shipped = None if config.policy else shipped_for(facts.digest)
+    return Setup(config, isa, shipped, shipped=shipped is not None)
+
+
+def check(vllm_config: VllmConfig) -> None:
+    """Resolve, say what will run, and make ready to count it. Called by vLLM while it puts its
+    configuration together, possibly several times in a process; says the same thing once.
+    """
+    try:
+        setup = resolve(vllm_config)
+    except SparsePrefillError:
+        hide_traceback()
+        raise
+    if vllm_config.model_config is None:
+        return
+    # Not before all is well. Imported here since prometheus_client, once imported, is set in
+    # its ways, and vLLM may still have a word to say about those.
+    from vllm_sparse_backend.metrics.prometheus import export_from_here
+    from vllm_sparse_backend.metrics.session import open_session
+
+    announced = session_directory()
+    directory = open_session()
+    export_from_here(directory)
+    if directory == announced and multiprocessing.parent_process() is not None:
+        return  # the parent has said it
+    _say(logging.INFO, f"sparse_prefill: {setup.describe()}")
+    for warning in warnings(setup, vllm_config):
+        _say(logging.WARNING, f"sparse_prefill: {warning}")
+
+
+def warnings(setup: Setup, vllm_config: VllmConfig) -> list[str]:
+    """What the user should know although it is no error."""
+    if not setup.config.enabled:
+        return []
+    said = []
+    if setup.profile is None and setup.config.policy is None:
+        said.append(
+            "no profile was named and none of this model's comes with the package: every head "
+            "gets the same conservative default, which is slower than a calibrated profile"
+        )
+    reasons = expect.reasons(vllm_config, capabilities())
+    if None not in reasons:
+        counted = ", ".join(sorted({str(reason) for reason in reasons}))
+        said.append(f"every layer of this model will be computed dense: {counted}")
+    if vllm_config.model_config.max_model_len < setup.config.min_prompt_tokens:
+        said.append(
+            f"every request will be computed dense: max_model_len is "
+            f"{vllm_config.model_config.max_model_len}, sparse prefill starts at "
+            f"{setup.config.min_prompt_tokens} tokens (min_prompt_tokens)"
+        )
+    return said
+
+
+def capabilities() -> Capabilities:
+    """What the compiled core computes."""
+    from vllm_sparse_backend.ops.cpu import core
+
+    return Capabilities(core.HEAD_DIMS, core.DTYPES, core.KV_LAYOUTS)
+
+
+def facts_of(model: ModelConfig) -> ModelFacts:
+    """The served model's numbers. Raises SparsePrefillError for one without attention."""
+    try:
+        return compat.model_facts(model)
+    except ValidationError as error:
+        raise SparsePrefillError(
+            f"model {model.model}: want a model with attention layers ({describe(error)}); "
+            "choose another --attention-backend"
+        ) from None
+
+
+def _use_isa(config: SparseConfig) -> str:
+    if not config.enabled:
+        return NO_ISA
+    from vllm_sparse_backend.ops.cpu import core
+
+    try:
+        core.set_isa(config.cpu_isa)
+        return core.active_isa()
+    except core.CoreUnavailable as error:
+        raise SparsePrefillError(str(error)) from None
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _brief(policy: Policy) -> str:
+    fields = policy.model_dump(exclude={"selector"})
+    return " ".join([policy.selector, *(f"{name}={value}" for name, value in fields.items())])
+
+
+_said: set[str] = set()
+
+
+def _say(level: int, line: str) -> None:
+    if line not in _said:
+        _said.add(line)
+        logger.log(level, line)

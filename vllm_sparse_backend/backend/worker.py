@@ -1,0 +1,83 @@
+"""What a worker process holds for all layers of its model: the setup and the counters."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vllm_sparse_backend import compat
+from vllm_sparse_backend.backend.plan import DenseReason, Plan
+from vllm_sparse_backend.backend.start import Setup, resolve
+from vllm_sparse_backend.errors import ProfileMismatch
+from vllm_sparse_backend.metrics import Counters, counters, open_session
+from vllm_sparse_backend.metrics.prometheus import mirror_if_needed
+from vllm_sparse_backend.ops import AttentionStats, PolicyTable
+from vllm_sparse_backend.ops.tiles import SUBTILE
+from vllm_sparse_backend.profile import local_heads
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+class Worker:
+    """One engine's share of a worker process."""
+
+    def __init__(self, setup: Setup, tp_rank: int) -> None:
+        self.setup = setup
+        self.tp_rank = tp_rank
+        info = setup.labels()
+        self.counters = Counters(open_session(), list(DenseReason), info, mirror_if_needed(info))
+        # Ranks that share a layer's heads see the same tokens, but each its own tiles.
+        self._counts_tokens = tp_rank == 0
+
+    def policies(self, layer_name: str, num_heads: int) -> PolicyTable:
+        """The policies of a layer's ``num_heads`` q heads on this rank.
+
+        Raises SparsePrefillError where the profile cannot be applied to the layer.
+        """
+        profile = self.setup.profile
+        if profile is None:
+            return PolicyTable.build(self.setup.uniform, num_heads)
+        layer = compat.layer_index(layer_name)
+        try:
+            return PolicyTable(local_heads(profile.for_layer(layer), self.tp_rank, num_heads))
+        except ValueError as error:
+            raise ProfileMismatch(
+                f"profile {profile.name!r} does not fit layer {layer_name}: {error}"
+            ) from None
+
+    def count_dense(self, reason: DenseReason, layer_tokens: int) -> None:
+        """Tokens times layers that the base backend computes."""
+        if self._counts_tokens:
+            self.counters.add(counters.dense(reason), layer_tokens)
+
+    def count_plan(self, plan: Plan, layers: int = 1) -> None:
+        """The tokens of a step, in layers that follow its plan."""
+        if not self._counts_tokens:
+            return
+        if plan.sparse_tokens:
+            self.counters.add(counters.SPARSE, plan.sparse_tokens * layers)
+        for reason, tokens in plan.dense_tokens.items():
+            self.counters.add(counters.dense(reason), tokens * layers)
+
+    def count_stats(self, stats: AttentionStats, policies: PolicyTable) -> None:
+        """What one call of the op computed; tiles in units of `SUBTILE` keys."""
+        # Heads may differ in tile size: without weights the coarse ones would hardly count.
+        weights = [size // SUBTILE for size in policies.tile_sizes]
+        for key, tiles in (
+            (counters.COMPUTED, stats.tiles_computed),
+            (counters.CAUSAL, stats.tiles_causal),
+        ):
+            self.counters.add(key, sum(t * w for t, w in zip(tiles, weights, strict=True)))
+        self.counters.add(counters.SELECT, stats.select_seconds)
+        self.counters.add(counters.ATTEND, stats.attend_seconds)
+
+
+_workers: dict[str, Worker] = {}  # a process may have several engines, one after the other
+
+
+def worker_of(vllm_config: VllmConfig) -> Worker:
+    """This process's worker of the engine with this configuration."""
+    key = vllm_config.instance_id
+    if key not in _workers:
+        _workers[key] = Worker(resolve(vllm_config), compat.tp_rank())
+    return _workers[key]

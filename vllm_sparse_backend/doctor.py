@@ -1,0 +1,198 @@
+"""What is installed, what would be used, and why not: the facts behind `vllm-sparse doctor`."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict
+
+from vllm_sparse_backend import __version__, compat, config
+from vllm_sparse_backend.errors import SparsePrefillError
+from vllm_sparse_backend.profile import ModelFacts
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+ENTRY_POINT = "sparse_prefill"
+
+
+class _Report(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class Core(_Report):
+    """The compiled CPU core."""
+
+    isas: dict[str, bool] = {}  # compiled: whether this machine can run it; best first
+    active: str | None = None
+    problem: str | None = None
+
+
+class Layer(_Report):
+    """One layer of the model, as far as its configuration tells."""
+
+    index: int
+    path: str  # sparse or dense
+    reason: str | None
+
+
+class Model(_Report):
+    """What would happen if this model were served."""
+
+    path: str
+    facts: ModelFacts | None = None
+    profile: str | None = None  # name and digest, or what is used instead
+    layers: list[Layer] = []
+    warnings: list[str] = []
+    problem: str | None = None  # what would stop the start
+
+
+class Diagnosis(_Report):
+    """All of it. ``problems`` is empty if `--attention-backend sparse_prefill` would work."""
+
+    package: str
+    vllm: str | None
+    vllm_wanted: str
+    torch: str | None
+    platform: str | None = None
+    registered: bool = False
+    core: Core
+    environment: dict[str, str]
+    plugins: list[str] | None  # VLLM_PLUGINS; None: all are loaded
+    model: Model | None = None
+    problems: list[str]
+
+
+def examine(model: str | None = None, profile: str | None = None) -> Diagnosis:
+    """Look at this machine and, if one is given, at a model with a profile.
+
+    ``model``: a folder or a name, as `vllm serve` takes it; ``profile``: a profile's path.
+    """
+    problems = []
+    version, plugins = compat.vllm_version(), config.allowed_plugins()
+    supported = compat.is_supported(version)
+    if not supported:
+        problems.append(f"vLLM: want {compat.SUPPORTED}, got {version}")
+    if plugins is not None and ENTRY_POINT not in plugins:
+        problems.append(f"VLLM_PLUGINS: want {ENTRY_POINT} among the names, got {plugins}")
+    core = _core()
+    if core.problem:
+        problems.append(core.problem)
+    try:
+        config.load_config(None)
+    except SparsePrefillError as error:
+        problems.append(str(error))
+    platform, registered, served = None, False, None
+    if supported:
+        with _quiet():
+            platform, registered = _in_vllm()
+            if platform != "cpu":
+                problems.append(f"vLLM's platform: want cpu, got {platform}")
+            if not registered and (plugins is None or ENTRY_POINT in plugins):
+                problems.append("vLLM loads its plugins but does not know the backend afterwards")
+            if model is not None and registered and platform == "cpu":
+                served = _served(model, profile)
+                problems += [served.problem] if served.problem else []
+    return Diagnosis(
+        package=__version__,
+        vllm=version,
+        vllm_wanted=compat.SUPPORTED,
+        torch=_version("torch"),
+        platform=platform,
+        registered=registered,
+        core=core,
+        environment=config.overrides_in(),
+        plugins=plugins,
+        model=served,
+        problems=list(dict.fromkeys(problems)),  # the model's may repeat one
+    )
+
+
+def _core() -> Core:
+    if _version("torch") is None:
+        return Core(problem="torch is not installed")
+    from vllm_sparse_backend.ops.cpu import core
+
+    try:
+        isas = core.isas()
+    except core.CoreUnavailable as error:
+        return Core(problem=str(error))
+    try:
+        return Core(isas=isas, active=core.active_isa())
+    except core.CoreUnavailable as error:
+        return Core(isas=isas, problem=str(error))
+
+
+def _in_vllm() -> tuple[str, bool]:
+    from vllm.platforms import current_platform
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    return current_platform.device_type, compat.is_registered()
+
+
+def _served(path: str, profile: str | None) -> Model:
+    """What vLLM's own configuration makes of the model; raises for nothing that is its fault."""
+    from vllm_sparse_backend.backend import expect, start
+
+    try:
+        vllm_config = _configuration(path, profile)
+    except SparsePrefillError as error:
+        return Model(path=path, problem=str(error))
+    # Whatever it raises, it is the answer to the question.
+    except Exception as error:
+        return Model(path=path, problem=f"vLLM cannot serve {path}: {error}")
+    setup = start.resolve(vllm_config)
+    reasons = expect.reasons(vllm_config, start.capabilities(), enabled=setup.config.enabled)
+    return Model(
+        path=path,
+        facts=start.facts_of(vllm_config.model_config),
+        profile=setup.policies(),
+        layers=[
+            Layer(index=i, path="dense" if reason else "sparse", reason=reason)
+            for i, reason in enumerate(reasons)
+        ],
+        warnings=start.warnings(setup, vllm_config),
+    )
+
+
+def _configuration(path: str, profile: str | None) -> VllmConfig:
+    from vllm.engine.arg_utils import EngineArgs
+
+    section: dict[str, Any] = {} if profile is None else {"profile": str(Path(profile))}
+    return EngineArgs(
+        model=path,
+        attention_backend="sparse_prefill",
+        additional_config={config.SECTION: section},
+        enforce_eager=True,
+        skip_tokenizer_init=True,
+    ).create_engine_config()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without vLLM's lines about what it does, which are not what was asked; and what is
+    written to stdout all the same is not in the way of JSON."""
+    with contextlib.redirect_stdout(sys.stderr), config.vllm_log_level("CRITICAL"):
+        import vllm.logger  # noqa: F401  (sets its own level, from the environment)
+
+        logger = logging.getLogger("vllm")
+        before = logger.level
+        logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logger.setLevel(before)
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
