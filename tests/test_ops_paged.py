@@ -35,7 +35,7 @@ from vllm_sparse_backend.selection import DENSE, UNIFORM_DEFAULT, Policy, Sale, 
 POLICIES: list[Policy] = [
     DENSE,
     Static(sink=20, local=40, tile=32),
-    Sale(sink=16, local=32, tau=0.05),
+    Sale(sink=16, local=32, tau=0.05, tail=10),
     Sale(sink=1, local=0, tau=0.02, bits=4, tile=64, row_stride=1),
 ]
 SHAPES = [(130, 300), (64, 64), (1, 200), (77, 391)]

@@ -64,7 +64,7 @@ def sale_margins(
         end = min(start + 64, length)
         always = static_tiles(policy, start, end)
         for p in range(max(start, offset), end):
-            if p % policy.row_stride and p != end - 1:
+            if p % policy.row_stride and p < length - policy.tail and p != end - 1:
                 continue
             row = rows[p - offset]
             seen = [j for j in range(p + 1) if j // policy.tile in always]
@@ -83,11 +83,18 @@ def sale_margins(
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize(("tile", "row_stride"), [(16, 4), (32, 1), (64, 8)])
+@pytest.mark.parametrize(("tile", "row_stride", "tail"), [(16, 4, 30), (32, 1, 0), (64, 8, 0)])
 @pytest.mark.parametrize(("rows", "length", "tau"), [(210, 340, 0.02), (70, 333, 0.1)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sale_follows_the_rule_element_by_element(
-    bits: int, tile: int, row_stride: int, rows: int, length: int, tau: float, dtype: torch.dtype
+    bits: int,
+    tile: int,
+    row_stride: int,
+    tail: int,
+    rows: int,
+    length: int,
+    tau: float,
+    dtype: torch.dtype,
 ) -> None:
     policy = Sale(
         sink=3,
@@ -95,6 +102,7 @@ def test_sale_follows_the_rule_element_by_element(
         tile=tile,  # type: ignore[arg-type]
         bits=bits,  # type: ignore[arg-type]
         row_stride=row_stride,  # type: ignore[arg-type]
+        tail=tail,
         tau=tau,
     )
     q, k, _ = make_qkv(1, rows, length, heads=1, kv_heads=1, dim=16, dtype=dtype)

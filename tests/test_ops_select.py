@@ -54,7 +54,7 @@ def test_the_core_chooses_the_tiles_of_the_reference(
     isa: str, bits: int, tile: int, dtype: torch.dtype
 ) -> None:
     policies: list[Sale | Static] = [
-        Sale(sink=s, local=n, tau=tau, bits=bits, tile=tile, row_stride=stride)  # type: ignore[arg-type]
+        Sale(sink=s, local=n, tau=tau, bits=bits, tile=tile, row_stride=stride, tail=n)  # type: ignore[arg-type]
         for (s, n), tau, stride in zip(
             [(1, 0), (20, 33), (64, 256), (16, 64), (100, 1)] * 2,
             [0.0, 0.005, 0.02, 0.1, 0.5] * 2,
@@ -113,7 +113,7 @@ def test_lowering_a_threshold_drops_no_tile(impl: str, dtype: torch.dtype) -> No
         counts = []
         wider: TileList | None = None
         for tau in TAUS:
-            policy = Sale(sink=16, local=64, tau=tau, bits=bits, tile=tile, row_stride=stride)  # type: ignore[arg-type]
+            policy = Sale(local=64, tau=tau, bits=bits, tile=tile, row_stride=stride, tail=40)  # type: ignore[arg-type]
             tiles = select_tiles(*paged.tensors, policy, impl=impl)
             for head in range(6 if wider is not None else 0):
                 assert not (tiles.mask(head) & ~wider.mask(head)).any()  # type: ignore[union-attr]
@@ -126,7 +126,8 @@ def test_lowering_a_threshold_drops_no_tile(impl: str, dtype: torch.dtype) -> No
 @pytest.mark.parametrize("impl", IMPLS)
 def test_scoring_more_rows_drops_no_tile(impl: str) -> None:
     paged = make_paged([make_qkv(10, 500, 500)])
-    policies = [Sale(sink=16, local=64, row_stride=stride) for stride in (8, 4, 2, 1)]
+    amounts = [(8, 0), (4, 0), (4, 100), (2, 100), (1, 0)]  # row_stride, tail
+    policies = [Sale(sink=16, local=64, row_stride=s, tail=t) for s, t in amounts]  # type: ignore[arg-type]
     masks = [select_tiles(*paged.tensors, policy, impl=impl).mask(0) for policy in policies]
     for fewer, more in itertools.pairwise(masks):
         assert not (fewer & ~more).any()
@@ -152,6 +153,7 @@ def test_any_policies_choose_the_tiles_of_the_reference(data: st.DataObject) -> 
             tau=st.floats(0, 1),
             bits=st.sampled_from([4, 8]),
             row_stride=st.sampled_from([1, 2, 4, 8]),
+            tail=st.integers(0, 150),
         ),
     )
     policies = data.draw(st.lists(policy, min_size=4, max_size=4))
@@ -195,3 +197,16 @@ def test_constant_keys(impl: str, value: float, bits: int) -> None:
         out, stats = run(make_paged([(q, k, v)]), policy, impl)
         assert out.isfinite().all()
         assert (stats.density == [1.0]) is everything
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_every_row_of_the_tail_is_scored(impl: str) -> None:
+    q, k, v = torch.randn(3, 512, 1, 64, generator=torch.Generator().manual_seed(11))
+    looking = {475: 100, 509: 180}  # row: key; neither row is a multiple of 8
+    for row, key in looking.items():
+        k[key] = 2 * q[row]
+    paged = make_paged([(q, k, v)])
+    for tail, found in ((0, [False, False]), (16, [False, True]), (64, [True, True])):
+        policy = Sale(sink=16, local=64, tau=0.5, row_stride=8, tail=tail)
+        last = select_tiles(*paged.tensors, policy, impl=impl).row(0, 7).tolist()
+        assert [key // 16 in last for key in looking.values()] == found

@@ -32,7 +32,11 @@ Model = Annotated[
 ]
 Threads = Annotated[
     int | None,
-    typer.Option(min=1, help="Threads of the server, on both sides. Default: all usable cores."),
+    typer.Option(
+        min=1,
+        help="Threads that compute, on both sides. Default: all usable cores but one, which vLLM, "
+        "too, leaves to the rest of the server.",
+    ),
 ]
 Profile = Annotated[
     Path | None, typer.Option(help="The profile's file for the sparse side.", show_default=False)
@@ -204,7 +208,9 @@ def _plan(
         positions = (others["hf_overrides"] or {}).get("max_position_embeddings")
         native = int(positions or facts.max_positions)
         lengths = [native] if longest else default_lengths(facts, native, others["quick"])
-    return make_plan(path, facts, lengths=lengths, threads=threads or usable_cores(), **others)
+    return make_plan(
+        path, facts, lengths=lengths, threads=threads or max(1, usable_cores() - 1), **others
+    )
 
 
 def _lengths(text: str | None) -> list[int] | None:

@@ -68,8 +68,8 @@ class ServerOptions:
     def environment(self) -> dict[str, str]:
         """The variables set for the server on top of this process's own."""
         chosen = {
-            # vLLM's own choice keeps one core back and computes with the rest; on a small machine
-            # that core is half of it. Unbound threads are safe beside other processes.
+            # Unbound threads are safe beside other processes. (The engine polls its worker for
+            # a second at a time: with a thread on every core, it takes from those.)
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "OMP_NUM_THREADS": str(self.threads),
             "VLLM_CPU_KVCACHE_SPACE": str(self.kv_gib),

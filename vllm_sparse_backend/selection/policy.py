@@ -62,6 +62,11 @@ class Sale(_Windowed):
     row_stride: Literal[1, 2, 4, 8] = Field(
         default=4, description="query rows per scored row; the paper scores every row"
     )
+    # A question stands at the end of its prompt, and a row of it that is not scored may be the
+    # one that looks for the answer. Which step is a prompt's last is not known to a kernel.
+    tail: int = Field(
+        default=128, ge=0, le=1 << 20, description="last query tokens of a step, all scored"
+    )
 
 
 Policy: TypeAlias = Annotated[Dense | Static | Sale, Field(discriminator="selector")]

@@ -72,8 +72,10 @@ def margins(
     keys, mean = quantize_keys(k, policy.bits)
     result = []
     for start, first, end in blocks:
-        rows = [p for p in range(first, end) if p % policy.row_stride == 0 or p == end - 1]
-        position = torch.tensor(rows)
+        position = torch.arange(first, end)
+        scored = (position % policy.row_stride == 0) | (position >= k.shape[0] - policy.tail)
+        scored[-1] = True
+        position = position[scored]  # [R]
         row = q[position - offset].float()  # [R, D]
         always = always_kept(policy, start, end)  # [tiles]
         always_key = always.repeat_interleave(policy.tile)[:end]

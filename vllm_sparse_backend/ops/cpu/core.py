@@ -25,7 +25,7 @@ HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
 KV_LAYOUTS = ("vec", "vec16", "amx")
 DTYPES = ("bfloat16", "float16", "float32")
 
-_ABI = 1
+_ABI = 2
 _LAYOUT = {"vec": 0, "vec16": 0, "amx": 1}
 _DTYPE = {name: i for i, name in enumerate(DTYPES)}
 _LIST = 3  # the selector that takes its tiles from the caller
@@ -43,6 +43,7 @@ class _Policy(ctypes.Structure):
         ("local", ctypes.c_int32),
         ("bits", ctypes.c_int32),
         ("row_stride", ctypes.c_int32),
+        ("tail", ctypes.c_int32),
         ("tau", ctypes.c_float),
         ("growth", ctypes.c_double),
     )
@@ -94,7 +95,7 @@ _forced_isa: str | None = None
 
 def use_library(path: Path | None) -> None:
     """Load another build of the core from now on (None: the installed one). For tests."""
-    global _library_path
+    global _library_path  # noqa: PLW0603
     _library_path = path or Path(__file__).with_name("_core.so")
     _library.cache_clear()
     isas.cache_clear()
@@ -138,7 +139,7 @@ def set_isa(name: str | None) -> None:
 
     Raises ValueError if it is unknown or this machine cannot run it.
     """
-    global _forced_isa
+    global _forced_isa  # noqa: PLW0603
     if name is not None:
         if name not in isas():
             raise ValueError(f"cpu_isa: want one of {list(isas())}, got {name!r}")
@@ -175,6 +176,7 @@ def _native_policies(table: PolicyTable) -> ctypes.Array[_Policy]:
                     row.selector, row.tile, row.tau = 2, policy.tile, policy.tau
                     row.sink, row.local = policy.sink, policy.local
                     row.bits, row.row_stride = policy.bits, policy.row_stride
+                    row.tail = policy.tail
         table.native = rows
     return table.native  # type: ignore[return-value]
 

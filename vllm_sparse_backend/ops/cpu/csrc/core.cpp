@@ -242,7 +242,7 @@ void forward(const VsbProblem &p, const Kernels &k) {
 
 extern "C" {
 
-int32_t vsb_abi(void) { return 1; }
+int32_t vsb_abi(void) { return 2; }
 
 const char *vsb_isas(void) {
   static const std::string names = [] {

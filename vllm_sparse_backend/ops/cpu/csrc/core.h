@@ -24,7 +24,7 @@ struct VsbPolicy {
   int32_t tile;  // key tokens: 16, 32 or 64
   int32_t sink, local;
   int32_t bits;  // 4 or 8
-  int32_t row_stride;
+  int32_t row_stride, tail;
   float tau;
   double growth;
 };

@@ -67,8 +67,10 @@ void select_sale(const VsbProblem &p, const KvHead &kv, const VsbPolicy &policy,
   const KeyCodes &keys = kv.codes[which];
   const float base2 = p.scale * 1.44269504f;
   int scored = 0;
+  const int32_t tail = kv.request->seq_len - policy.tail;
   for (int r = 0; r < rows.count; r++) {
-    if ((rows.first + r) % policy.row_stride && r != rows.count - 1) continue;
+    const int32_t position = rows.first + r;
+    if (position % policy.row_stride && position < tail && r != rows.count - 1) continue;
     alignas(64) float x[kMaxHeadDim];
     vf mean = {};
     for (int d = 0; d < D; d += kLanes) {
