@@ -1,0 +1,101 @@
+"""The command `vllm-sparse`: what needs no model quickly, and doctor against a real vLLM."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from vllm_sparse_backend import __version__
+from vllm_sparse_backend.cli import app
+from vllm_sparse_backend.profile import FORMAT, VERSION
+
+TINY = {
+    "architecture": "LlamaForCausalLM",
+    "num_layers": 2,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 64,
+}
+
+
+def profile_text(**model: object) -> str:
+    """A profile of the tiny Llama, with changes."""
+    policies = {"0": {"*": {"selector": "dense"}}}
+    return json.dumps(
+        {"format": FORMAT, "version": VERSION, "model": TINY | model, "policies": policies}
+    )
+
+
+def fresh(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """`vllm-sparse` in a process of its own."""
+    code = "from vllm_sparse_backend.cli import app; app()"
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+
+
+def test_help_and_version_import_neither_torch_nor_vllm() -> None:
+    code = (
+        "import sys; from vllm_sparse_backend.cli import app\n"
+        "try: app(sys.argv[1:])\n"
+        "except SystemExit: print(sorted({'torch', 'vllm', 'triton'} & set(sys.modules)))"
+    )
+    for arguments, said in (["--help"], "doctor"), (["--version"], __version__):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True
+        )
+        assert said in done.stdout
+        assert done.stdout.rstrip().endswith("[]"), done.stdout
+
+
+def test_validate_says_what_a_profile_is_of(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(profile_text())
+    done = CliRunner().invoke(app, ["validate", str(path)])
+    assert done.exit_code == 0, done.output
+    assert "valid: mine (sha256:" in done.output
+    assert "2 layers of 4 heads; 1 entries" in done.output
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "not valid JSON"), (profile_text(heads=3), "unknown field"), ("{}", "missing")],
+)
+def test_validate_refuses_in_one_line(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(text)
+    done = CliRunner().invoke(app, ["validate", str(path)])
+    assert done.exit_code == 1
+    assert message in done.output
+    assert done.output.count("\n") == 1
+
+
+def test_doctor_wants_a_model_with_a_profile(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["doctor", "--profile", str(tmp_path / "p.json")])
+    assert done.exit_code == 2
+    assert "--model" in done.output
+
+
+def test_doctor_about_a_model_and_its_profile(tiny_llama: Path, tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(profile_text())
+    done = fresh("doctor", "--json", "--model", str(tiny_llama), "--profile", str(path))
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    assert found["problems"] == []
+    assert found["registered"] is True
+    assert found["core"]["isas"][found["core"]["active"]] is True
+    facts = dict(found["model"]["facts"])
+    facts.pop("digest")
+    assert facts == TINY
+    assert [layer["path"] for layer in found["model"]["layers"]] == ["sparse", "sparse"]
+
+    path.write_text(profile_text(num_heads=8))
+    done = fresh("doctor", "--model", str(tiny_llama), "--profile", str(path))
+    assert done.returncode == 1
+    assert "num_heads: the profile has 8, the model 4" in done.stdout
