@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vllm_sparse_backend.config import SESSION_VARIABLE
+
 SECONDS = 280
 METRICS = ("layer_tokens", "tiles")
 
@@ -52,9 +54,10 @@ class Result:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """For any process of vLLM in a test."""
+    """For any process of vLLM in a test; not in the session of engines in pytest's own process."""
+    inherited = {name: value for name, value in os.environ.items() if name != SESSION_VARIABLE}
     return {
-        **os.environ,
+        **inherited,
         "OMP_NUM_THREADS": "2",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_CPU_KVCACHE_SPACE": "1",

@@ -38,7 +38,11 @@ class Environment:
 
     def run(self, *command: str | Path, status: int = 0) -> str:
         done = subprocess.run(
-            [self.python, "-B", *command], check=False, capture_output=True, text=True
+            [self.python, "-B", *command],
+            check=False,
+            capture_output=True,
+            text=True,
+            cwd=self.site,  # `-c` finds what lies in the working directory, such as our egg-info
         )
         assert done.returncode == status, done.stdout + done.stderr
         return done.stdout
