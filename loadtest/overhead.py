@@ -1,19 +1,18 @@
 """What sparse_prefill costs where it does nothing: short prompts, decode, start-up.
 
-    python loadtest/overhead.py --requests 30 --starts 3
+    python loadtest/overhead.py --pairs 40 --starts 3
 
-Two servers of the demo's model stand side by side, one idle while the other answers, and are asked
-in turn: whatever else the machine does, it does to both. Ratios are of medians, with a bootstrap
-interval of 95%.
+Two engines with the demo's model live in one process and are asked in turn: whatever else the
+machine does, it does to both. Ratios are of medians, with a bootstrap interval of 95%.
 """
 
 from __future__ import annotations
 
+import os
 import random
 import statistics
 import tempfile
 import time
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,27 +23,75 @@ from rich.table import Table
 
 from vllm_sparse_backend.demo.machine import usable_cores
 from vllm_sparse_backend.demo.model import ensure_model
-from vllm_sparse_backend.demo.serve import Server, ServerOptions, Side
+from vllm_sparse_backend.demo.serve import BACKENDS, Server, ServerOptions, Side
 from vllm_sparse_backend.demo.text import build_document
 
 SIDES: tuple[Side, Side] = ("dense", "sparse")
+WARM_UP = 2  # pairs
 RESAMPLES = 2000
 Times = dict[Side, list[float]]
 
 
-def ask(client: Any, prompt: list[int], tokens: int, salt: str) -> tuple[float, float]:
-    """Seconds to the first token, and per token after it."""
+def engines(options: ServerOptions) -> dict[Side, Any]:
+    """Both, in this process."""
+    os.environ |= options.environment() | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    from vllm import LLM
+
+    return {
+        side: LLM(
+            options.model,
+            attention_backend=BACKENDS[side].upper(),
+            enforce_eager=True,
+            max_model_len=options.max_model_len,
+            max_num_batched_tokens=options.chunk_tokens,
+            max_num_seqs=8,
+            enable_prefix_caching=False,
+            dtype="bfloat16",
+        )
+        for side in SIDES
+    }
+
+
+def seconds(engine: Any, prompt: list[int], tokens: int) -> float:
+    """To read the prompt and write so many tokens."""
+    from vllm import SamplingParams
+
+    parameters = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
     began = time.perf_counter()
-    stream = client.completions.create(
-        model="model",
-        prompt=prompt,
-        max_tokens=tokens,
-        temperature=0,
-        stream=True,
-        extra_body={"ignore_eos": True, "cache_salt": salt},
-    )
-    arrivals = [time.perf_counter() for _ in stream]
-    return arrivals[0] - began, (arrivals[-1] - arrivals[0]) / max(1, len(arrivals) - 1)
+    engine.generate([{"prompt_token_ids": prompt}], parameters, use_tqdm=False)
+    return time.perf_counter() - began
+
+
+def in_turn(options: ServerOptions, pairs: int, prompt_tokens: int, tokens: int) -> list[Times]:
+    """Seconds of short prefills, and of each of ``tokens`` decoded tokens."""
+    from transformers import AutoTokenizer
+
+    document = build_document(
+        AutoTokenizer.from_pretrained(options.model), prompt_tokens, seed=0
+    ).token_ids
+    both = engines(options)
+    prefill: Times = {side: [] for side in SIDES}
+    decode: Times = {side: [] for side in SIDES}
+    for number in track(range(pairs + WARM_UP), "asking in turn"):
+        for side in SIDES if number % 2 else reversed(SIDES):
+            first = seconds(both[side], list(document), 1)
+            each = seconds(both[side], list(document[:16]), tokens) / tokens
+            if number >= WARM_UP:
+                prefill[side].append(first)
+                decode[side].append(each)
+    return [prefill, decode]
+
+
+def start(options: ServerOptions, starts: int) -> Times:
+    """Seconds until `vllm serve` answers. The first pair only warms up."""
+    logs = Path(tempfile.mkdtemp(prefix="overhead-"))
+    started: Times = {side: [] for side in SIDES}
+    for number in range(starts + 1):
+        for side in SIDES if number % 2 else reversed(SIDES):
+            with Server(side, options, logs / f"{side}.log") as server:
+                if number:
+                    started[side].append(server.startup_seconds)
+    return started
 
 
 def interval(times: Times) -> tuple[float, float, float]:
@@ -61,52 +108,23 @@ def interval(times: Times) -> tuple[float, float, float]:
 
 
 def main(
-    requests: Annotated[int, typer.Option(help="Pairs of requests.")] = 30,
+    pairs: Annotated[int, typer.Option(help="Pairs of requests.")] = 40,
     prompt_tokens: Annotated[int, typer.Option(help="Below the sparse threshold of 2048.")] = 1024,
-    output_tokens: int = 64,
-    starts: Annotated[int, typer.Option(help="Pairs of starts; the first starts warm up.")] = 3,
+    output_tokens: int = 100,
+    starts: Annotated[int, typer.Option(help="Pairs of starts; 0: leave them out.")] = 3,
 ) -> None:
-    """TTFT of short prompts, time per token of decode, and start-up: dense against sparse."""
-    from openai import OpenAI
-    from transformers import AutoTokenizer
-
-    model = ensure_model()
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    """Short prompts, time per token of decode, and start-up: dense against sparse."""
     options = ServerOptions(
-        model=str(model),
+        model=str(ensure_model()),
         served_name="model",
         max_model_len=8192,
         threads=max(1, usable_cores() - 1),
         kv_gib=1,
     )
-    logs = Path(tempfile.mkdtemp(prefix="overhead-"))
-    started: Times = {"dense": [], "sparse": []}
-    for number in range(starts + 1):
-        for side in SIDES:
-            with Server(side, options, logs / f"start-{side}.log") as server:
-                if number:
-                    started[side].append(server.startup_seconds)
-    first: Times = {"dense": [], "sparse": []}
-    each: Times = {"dense": [], "sparse": []}
-    with ExitStack() as stack:
-        clients: dict[Side, Any] = {}
-        for side in SIDES:
-            server = stack.enter_context(Server(side, options, logs / f"{side}.log"))
-            clients[side] = OpenAI(base_url=f"{server.url}/v1", api_key="none")
-        for number in track(range(requests + 2), "asking in turn"):
-            document = build_document(tokenizer, prompt_tokens, seed=number)
-            for side in SIDES if number % 2 else reversed(SIDES):
-                ttft, tpot = ask(
-                    clients[side], list(document.token_ids), output_tokens, str(number)
-                )
-                if number >= 2:  # what came before was to warm up
-                    first[side].append(ttft)
-                    each[side].append(tpot)
-                time.sleep(1.2)  # an engine polls for a second after it has answered
+    rows = {"start-up": start(options, starts)} if starts else {}
+    prefill, decode = in_turn(options, pairs, prompt_tokens, output_tokens)
+    rows |= {f"prefill of {prompt_tokens} tokens": prefill, "decode of a token": decode}
     table = Table("", "dense (ms)", "sparse (ms)", "ratio", "95%")
-    rows = {f"TTFT, {prompt_tokens} tokens": first, "time per output token": each}
-    if starts:
-        rows["start-up"] = started
     for name, times in rows.items():
         ratio, low, high = interval(times)
         medians = (f"{1000 * statistics.median(times[side]):.1f}" for side in SIDES)
