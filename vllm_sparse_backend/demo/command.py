@@ -99,7 +99,7 @@ def demo(
     sparse_prefill, never both at once. Each is asked, through the openai
     client, for numbers hidden in real documents, and for the perplexity of the
     text. Prints a table, and writes it as JSON and as an HTML page with a plot.
-    Takes several minutes; --quick takes about two.
+    Takes about twelve minutes on two cores; --quick takes about two.
 
     \b
     Examples:

@@ -26,8 +26,8 @@ METRICS = {  # name: labels, help
     ),
     TILES: (
         ("kind",),
-        "Key tiles times query heads of sparse attention: computed, and causal, which is what "
-        "dense attention would have computed.",
+        "Key tiles of 16 times query heads of sparse attention: computed, and causal, which "
+        "is what dense attention would have computed.",
     ),
     SECONDS: (
         ("phase",),
