@@ -221,9 +221,10 @@ def tie_width(q: torch.Tensor, k: torch.Tensor, scale: float) -> float:
 
     Scores, m and the estimates' mean term are fp32 sums of D products, each within
     D * u * |q| |k| of exact, whatever the order; l adds u per key and its exponentials'
-    relative error, at most 3e-6 (< 2^-18). The integers are the same on both sides.
+    relative error, at most 3e-6 (< 2^-18). The integers are the same on both sides. A kernel
+    holds the exponent as the bits of a float, in units of 2^-16.
     """
     u, dim = 2.0**-24, q.shape[1]
     keys = k.float().norm(dim=1).amax() + k.float().mean(0).norm()
     size = float(scale * q.float().norm(dim=1).amax() * keys)
-    return 2 * ((2 * dim + 8) * u * size + len(k) * u + 2.0**-18)
+    return 2 * ((2 * dim + 8) * u * size + len(k) * u + 2.0**-18 + 2.0**-16)

@@ -8,17 +8,17 @@ import torch
 from _attention import QKV, tie_width
 
 from vllm_sparse_backend.ops import TileList
-from vllm_sparse_backend.selection import Dense, Sale, Static, sale
+from vllm_sparse_backend.selection import AnyPolicy, Mass, Sale, mass, sale
 
 
 def assert_same_tiles(
     own: TileList,
     other: TileList,
     qkv: QKV,
-    policies: Sequence[Dense | Static | Sale],
+    policies: Sequence[AnyPolicy],
     scale: float,
 ) -> int:
-    """Tiles that differ were chosen by SALE within rounding of the threshold. Their number."""
+    """Tiles that differ were chosen within rounding of the threshold. Their number."""
     q, k, _ = qkv
     assert own.tile_sizes == other.tile_sizes
     assert own.blocks == other.blocks
@@ -27,9 +27,12 @@ def assert_same_tiles(
         differs = own.mask(head) != other.mask(head)
         if not differs.any():
             continue
-        assert isinstance(policy, Sale), f"head {head}: {policy} leaves nothing to rounding"
+        assert isinstance(policy, Sale | Mass), f"head {head}: {policy} leaves nothing to rounding"
         query, keys = q[:, head], k[:, head // (q.shape[1] // k.shape[1])]
-        margins = sale.margins(policy, query, keys, scale, own.blocks)
+        if isinstance(policy, Sale):
+            margins = sale.margins(policy, query, keys, scale, own.blocks)
+        else:
+            margins = mass.margins(policy, query, keys, scale, own.blocks)
         width = tie_width(query, keys, scale)
         for block, tile in differs.nonzero().tolist():
             margin = float(margins[block][tile])

@@ -11,7 +11,7 @@ from _tiles import assert_same_tiles
 
 from vllm_sparse_backend.ops import select_tiles
 from vllm_sparse_backend.ops.cpu import build, core
-from vllm_sparse_backend.selection import DENSE, Sale
+from vllm_sparse_backend.selection import DENSE, Mass, Sale
 
 ISAS = [isa.name for isa in build.instruction_sets()]
 
@@ -58,13 +58,13 @@ def test_keeping_all_is_dense_attention(isa: str, dim: int, dtype: torch.dtype) 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, 6, 8])
 def test_the_tiles_are_the_reference_s(isa: str, bits: int, dtype: torch.dtype) -> None:
     policies = [
-        Sale(sink=16, local=16, tau=0.03, bits=bits, tile=tile)  # type: ignore[arg-type]
-        for tile in (16, 64)
+        selector(sink=16, local=16, tau=0.03, bits=bits, tile=tile)  # type: ignore[arg-type]
+        for selector, tile in ((Sale, 16), (Mass, 16), (Mass, 64))
     ]
-    qkv = make_qkv(51, 100, 400, heads=2, kv_heads=1, dtype=dtype)
+    qkv = make_qkv(51, 100, 400, heads=3, kv_heads=1, dtype=dtype)
     paged = make_paged([qkv])
     own, other = (select_tiles(*paged.tensors, policies, impl=i) for i in ("cpu", "reference"))
     assert_same_tiles(own, other, qkv, policies, 0.125)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from vllm_sparse_backend.ops import TileList, select_tiles
 from vllm_sparse_backend.ops.cpu import core
 from vllm_sparse_backend.ops.cpu.build import instruction_sets
-from vllm_sparse_backend.selection import DENSE, Sale, Static
+from vllm_sparse_backend.selection import DENSE, Mass, Sale, Static
 
 ISAS = [isa.name for isa in instruction_sets()]
 SHAPES = [(1, 1), (64, 64), (65, 400), (1, 400), (100, 463), (700, 700), (500, 1203)]
@@ -47,18 +47,19 @@ def both(paged: Paged, policies: object, request: int = 0) -> tuple[TileList, Ti
 
 
 @needs_core
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, 6, 8])
 @pytest.mark.parametrize("tile", [16, 32, 64])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_core_chooses_the_tiles_of_the_reference(
     isa: str, bits: int, tile: int, dtype: torch.dtype
 ) -> None:
-    policies: list[Sale | Static] = [
-        Sale(sink=s, local=n, tau=tau, bits=bits, tile=tile, row_stride=stride, tail=n)  # type: ignore[arg-type]
-        for (s, n), tau, stride in zip(
+    policies: list[Sale | Mass | Static] = [
+        selector(sink=s, local=n, tau=tau, bits=bits, tile=tile, row_stride=stride, tail=n)
+        for (s, n), tau, stride, selector in zip(
             [(1, 0), (20, 33), (64, 256), (16, 64), (100, 1)] * 2,
             [0.0, 0.005, 0.02, 0.1, 0.5] * 2,
             itertools.cycle([1, 2, 4, 8]),
+            itertools.cycle([Sale, Mass, Mass]),
             strict=False,
         )
     ]
@@ -81,9 +82,10 @@ def test_the_core_chooses_the_tiles_of_the_reference(
 
 
 @needs_core
-@pytest.mark.parametrize("bits", [4, 8])
-def test_every_head_dim_and_layout(isa: str, bits: int) -> None:
-    policies = [Sale(sink=16, local=16, tau=0.03, bits=bits)] * 4  # type: ignore[arg-type]
+@pytest.mark.parametrize("selector", [Sale, Mass])
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_every_head_dim_and_layout(isa: str, bits: int, selector: type[Sale | Mass]) -> None:
+    policies = [selector(sink=16, local=16, tau=0.05, bits=bits)] * 4  # type: ignore[arg-type]
     for dim, (kv_layout, block_size), dtype in zip(
         core.HEAD_DIMS,
         [
@@ -107,13 +109,16 @@ def test_every_head_dim_and_layout(isa: str, bits: int) -> None:
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_lowering_a_threshold_drops_no_tile(impl: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("selector", [Sale, Mass])
+def test_lowering_a_threshold_drops_no_tile(
+    impl: str, dtype: torch.dtype, selector: type[Sale | Mass]
+) -> None:
     paged = make_paged([make_qkv(9, 333, 800, 6, 2, 64, dtype)])
-    for bits, tile, stride in ((4, 16, 4), (8, 16, 1), (8, 64, 4), (4, 32, 8)):
+    for bits, tile, stride in ((4, 16, 4), (8, 16, 1), (6, 64, 4), (4, 32, 8)):
         counts = []
         wider: TileList | None = None
         for tau in TAUS:
-            policy = Sale(local=64, tau=tau, bits=bits, tile=tile, row_stride=stride, tail=40)  # type: ignore[arg-type]
+            policy = selector(local=64, tau=tau, bits=bits, tile=tile, row_stride=stride, tail=40)  # type: ignore[arg-type]
             tiles = select_tiles(*paged.tensors, policy, impl=impl)
             for head in range(6 if wider is not None else 0):
                 assert not (tiles.mask(head) & ~wider.mask(head)).any()  # type: ignore[union-attr]
@@ -124,10 +129,11 @@ def test_lowering_a_threshold_drops_no_tile(impl: str, dtype: torch.dtype) -> No
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_scoring_more_rows_drops_no_tile(impl: str) -> None:
+@pytest.mark.parametrize("selector", [Sale, Mass])
+def test_scoring_more_rows_drops_no_tile(impl: str, selector: type[Sale | Mass]) -> None:
     paged = make_paged([make_qkv(10, 500, 500)])
     amounts = [(8, 0), (4, 0), (4, 100), (2, 100), (1, 0)]  # row_stride, tail
-    policies = [Sale(sink=16, local=64, row_stride=s, tail=t) for s, t in amounts]  # type: ignore[arg-type]
+    policies = [selector(sink=16, local=64, row_stride=s, tail=t) for s, t in amounts]  # type: ignore[arg-type]
     masks = [select_tiles(*paged.tensors, policy, impl=impl).mask(0) for policy in policies]
     for fewer, more in itertools.pairwise(masks):
         assert not (fewer & ~more).any()
@@ -142,16 +148,17 @@ def test_any_policies_choose_the_tiles_of_the_reference(data: st.DataObject) -> 
     dtype = data.draw(st.sampled_from(DTYPES))
     tile = st.sampled_from([16, 32, 64])
     sinks, locals_ = st.integers(1, 200), st.integers(0, 300)
+    selector = data.draw(st.sampled_from([Sale, Mass]))
     policy = st.one_of(
         st.just(DENSE),
         st.builds(Static, sink=sinks, local=locals_, tile=tile, growth=st.floats(0, 1)),
         st.builds(
-            Sale,
+            selector,
             sink=sinks,
             local=locals_,
             tile=tile,
             tau=st.floats(0, 1),
-            bits=st.sampled_from([4, 8]),
+            bits=st.sampled_from([4, 6, 8]),
             row_stride=st.sampled_from([1, 2, 4, 8]),
             tail=st.integers(0, 150),
         ),
@@ -175,8 +182,11 @@ def test_any_policies_choose_the_tiles_of_the_reference(data: st.DataObject) -> 
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
-def test_keys_and_queries_that_are_not_finite_keep_tiles(impl: str, poison: float) -> None:
-    policy = Sale(sink=16, local=0, tau=1.0)
+@pytest.mark.parametrize("selector", [Sale, Mass])
+def test_keys_and_queries_that_are_not_finite_keep_tiles(
+    impl: str, poison: float, selector: type[Sale | Mass]
+) -> None:
+    policy = selector(sink=16, local=0, tau=1.0)
     causal = [4, 8, 12, 16]
     for where, hit in (("q", slice(2, 3)), ("k", slice(0, 4))):
         q, k, v = make_qkv(3, 256, 256, heads=1, kv_heads=1)
@@ -187,7 +197,7 @@ def test_keys_and_queries_that_are_not_finite_keep_tiles(impl: str, poison: floa
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("value", [1.0, -3.0])
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, 6, 8])
 def test_constant_keys(impl: str, value: float, bits: int) -> None:
     q, k, v = make_qkv(4, 300, 300, heads=1, kv_heads=1)
     k.fill_(value)
@@ -202,7 +212,7 @@ def test_constant_keys(impl: str, value: float, bits: int) -> None:
 @pytest.mark.parametrize("impl", IMPLS)
 def test_every_row_of_the_tail_is_scored(impl: str) -> None:
     q, k, v = torch.randn(3, 512, 1, 64, generator=torch.Generator().manual_seed(11))
-    looking = {475: 100, 509: 180}  # row: key; neither row is a multiple of 8
+    looking = {474: 100, 509: 180}  # row: key; neither is an 8th row
     for row, key in looking.items():
         k[key] = 2 * q[row]
     paged = make_paged([(q, k, v)])

@@ -68,7 +68,7 @@ class Worker:
             (counters.CAUSAL, stats.tiles_causal),
         ):
             self.counters.add(key, sum(t * w for t, w in zip(tiles, weights, strict=True)))
-        self.counters.add(counters.SELECT, stats.select_seconds)
+        self.counters.add(counters.SELECT, stats.pack_seconds + stats.select_seconds)
         self.counters.add(counters.ATTEND, stats.attend_seconds)
 
 

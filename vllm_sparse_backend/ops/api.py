@@ -22,6 +22,7 @@ class AttentionStats:
 
     tiles_computed: list[int]  # per q head, in the head's own tile size (dense: 16 keys)
     tiles_causal: list[int]  # per q head: what there was to compute
+    pack_seconds: float  # of what is done once per call for all q blocks; summed over threads
     select_seconds: float  # summed over threads
     attend_seconds: float  # summed over threads
 
@@ -237,7 +238,7 @@ def _reference_into(
     middle = time.perf_counter()
     out.copy_(reference.attend(q, k, v, tiles, scale))
     return AttentionStats(
-        tiles.computed, tiles.causal, middle - begin, time.perf_counter() - middle
+        tiles.computed, tiles.causal, 0.0, middle - begin, time.perf_counter() - middle
     )
 
 
@@ -245,6 +246,7 @@ def _total(parts: Sequence[AttentionStats], num_heads: int) -> AttentionStats:
     return AttentionStats(
         [sum(part.tiles_computed[head] for part in parts) for head in range(num_heads)],
         [sum(part.tiles_causal[head] for part in parts) for head in range(num_heads)],
+        sum(part.pack_seconds for part in parts),
         sum(part.select_seconds for part in parts),
         sum(part.attend_seconds for part in parts),
     )

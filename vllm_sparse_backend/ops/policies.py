@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
-from vllm_sparse_backend.selection import UNIFORM_DEFAULT, Dense, Sale, Static, parse_policy
+from vllm_sparse_backend.selection import UNIFORM_DEFAULT, AnyPolicy, Dense, parse_policy
 
 DENSE_TILE = 16  # what a dense head's tiles are counted in
 
-OnePolicy: TypeAlias = Dense | Static | Sale | Mapping[str, Any]
+OnePolicy: TypeAlias = AnyPolicy | Mapping[str, Any]
 AnyPolicies: TypeAlias = "PolicyTable | OnePolicy | Sequence[OnePolicy] | None"
 
 
-def tile_size(policy: Dense | Static | Sale) -> int:
+def tile_size(policy: AnyPolicy) -> int:
     """Key tokens per tile under this policy."""
     return DENSE_TILE if isinstance(policy, Dense) else policy.tile
 
@@ -23,7 +23,7 @@ class PolicyTable:
 
     __slots__ = ("native", "rows")
 
-    def __init__(self, rows: Sequence[Dense | Static | Sale]) -> None:
+    def __init__(self, rows: Sequence[AnyPolicy]) -> None:
         self.rows = list(rows)  # one per q head
         self.native: object | None = None  # what a kernel made of the rows, for its next call
 
@@ -42,7 +42,7 @@ class PolicyTable:
         """
         if isinstance(policies, PolicyTable):
             table = policies
-        elif policies is None or isinstance(policies, Dense | Static | Sale | Mapping):
+        elif policies is None or isinstance(policies, AnyPolicy | Mapping):
             policy = UNIFORM_DEFAULT if policies is None else _parse("policies", policies)
             table = cls([policy] * num_heads)
         else:
@@ -54,7 +54,7 @@ class PolicyTable:
         return table
 
 
-def _parse(name: str, policy: OnePolicy) -> Dense | Static | Sale:
+def _parse(name: str, policy: OnePolicy) -> AnyPolicy:
     try:
         return parse_policy(dict(policy) if isinstance(policy, Mapping) else policy)
     except ValueError as error:

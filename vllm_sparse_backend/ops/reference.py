@@ -11,11 +11,11 @@ import torch
 
 from vllm_sparse_backend.ops.policies import DENSE_TILE, tile_size
 from vllm_sparse_backend.ops.tiles import Q_BLOCK, TileList, causal_tiles, q_blocks
-from vllm_sparse_backend.selection import Dense, Sale, Static, sale, static
+from vllm_sparse_backend.selection import AnyPolicy, Mass, Sale, Static, mass, sale, static
 
 
 def select(
-    q: torch.Tensor, k: torch.Tensor, policies: Sequence[Dense | Static | Sale], scale: float
+    q: torch.Tensor, k: torch.Tensor, policies: Sequence[AnyPolicy], scale: float
 ) -> TileList:
     """The tiles each head computes. ``q`` [T, Hq, D] are the last T positions of ``k`` [S, Hkv, D].
 
@@ -27,6 +27,8 @@ def select(
     for head, policy in enumerate(policies):
         if isinstance(policy, Sale):
             keep.append(sale.keep(policy, q[:, head], k[:, head // group], scale, blocks))
+        elif isinstance(policy, Mass):
+            keep.append(mass.keep(policy, q[:, head], k[:, head // group], scale, blocks))
         elif isinstance(policy, Static):
             keep.append(static.keep(policy, blocks))
         else:

@@ -3,7 +3,9 @@
 from vllm_sparse_backend.selection.policy import (
     DENSE,
     UNIFORM_DEFAULT,
+    AnyPolicy,
     Dense,
+    Mass,
     Policy,
     Sale,
     Static,
@@ -13,7 +15,9 @@ from vllm_sparse_backend.selection.policy import (
 __all__ = [
     "DENSE",
     "UNIFORM_DEFAULT",
+    "AnyPolicy",
     "Dense",
+    "Mass",
     "Policy",
     "Sale",
     "Static",

@@ -47,20 +47,17 @@ class Static(_Windowed):
     growth: float = Field(default=0.0, ge=0.0, le=1.0)
 
 
-class Sale(_Windowed):
-    """SALE's relative attention score (arXiv 2505.24179, section 3.2).
+class _Scored(_Windowed):
+    """What selectors share that score keys for some of a q block's query rows.
 
-    With ``m`` and ``l`` a row's maximum and sum over sink and local tiles, a further
-    tile is kept if any scored element of it reaches ``exp(s - m) / l >= tau``. Scores
-    come from integer products of Q and K quantized to ``bits`` bits. ``tau = 0`` keeps
-    everything.
+    Scores are integer products of Q and K. At 8 bits the codes reach to 127 for keys and 63
+    for queries, at 6 to 31 and at 4 to 7.
     """
 
-    selector: Literal["sale"] = "sale"
     tau: float = Field(default=0.002, ge=0.0, le=1.0)
-    bits: Literal[4, 8] = 8
+    bits: Literal[4, 6, 8] = 8
     row_stride: Literal[1, 2, 4, 8] = Field(
-        default=4, description="query rows per scored row; the paper scores every row"
+        default=4, description="query rows per scored row; the paper of SALE scores every row"
     )
     # A question stands at the end of its prompt, and a row of it that is not scored may be the
     # one that looks for the answer. Which step is a prompt's last is not known to a kernel.
@@ -69,9 +66,33 @@ class Sale(_Windowed):
     )
 
 
-Policy: TypeAlias = Annotated[Dense | Static | Sale, Field(discriminator="selector")]
+class Sale(_Scored):
+    """SALE's relative attention score (arXiv 2505.24179, section 3.2).
 
-_ADAPTER: TypeAdapter[Dense | Static | Sale] = TypeAdapter(Policy)
+    With ``m`` and ``l`` a row's maximum and sum over sink and local tiles, a further
+    tile is kept if any scored element of it reaches ``exp(s - m) / l > tau``. ``tau = 0``
+    keeps everything. The paper's own setting: sink 32, local 128 to 256, tile 32, bits 4,
+    row_stride 1, tail 0, tau 0.008.
+    """
+
+    selector: Literal["sale"] = "sale"
+
+
+class Mass(_Scored):
+    """The softmax mass of a tile in a row, relative to what sink and local tiles hold.
+
+    With ``m`` and ``l`` as in ``Sale``, a further tile is kept if in any scored row the sum
+    of ``exp(s - m) / l`` over its keys exceeds ``tau``. ``tau = 0`` keeps everything.
+    """
+
+    selector: Literal["mass"] = "mass"
+    tau: float = Field(default=0.005, ge=0.0, le=1.0)
+
+
+AnyPolicy: TypeAlias = Dense | Static | Sale | Mass
+Policy: TypeAlias = Annotated[AnyPolicy, Field(discriminator="selector")]
+
+_ADAPTER: TypeAdapter[AnyPolicy] = TypeAdapter(Policy)
 
 DENSE = Dense()
 # What a model without a profile gets: on the safe side of the thresholds that were
@@ -79,6 +100,6 @@ DENSE = Dense()
 UNIFORM_DEFAULT = Sale()
 
 
-def parse_policy(value: Dense | Static | Sale | dict[str, object]) -> Dense | Static | Sale:
+def parse_policy(value: AnyPolicy | dict[str, object]) -> AnyPolicy:
     """A policy from itself or its dict. Raises ``pydantic.ValidationError`` (a ValueError)."""
     return _ADAPTER.validate_python(value)

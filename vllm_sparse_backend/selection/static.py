@@ -1,7 +1,8 @@
 """The tiles every sparse selector keeps whatever the scores say: sink and local window.
 
 They are all there is to ``Static`` (MInference's A-shape, arXiv 2407.02490, section 3.2;
-with ``growth``, MoA's spans, arXiv 2406.14909), and what ``Sale`` measures the others by.
+with ``growth``, MoA's spans, arXiv 2406.14909), and what ``Sale`` and ``Mass`` measure the
+others by.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ from collections.abc import Sequence
 
 import torch
 
-from vllm_sparse_backend.selection.policy import Sale, Static
+from vllm_sparse_backend.selection.policy import Mass, Sale, Static
 
 
-def always_kept(policy: Static | Sale, start: int, end: int) -> torch.Tensor:
+def always_kept(policy: Static | Sale | Mass, start: int, end: int) -> torch.Tensor:
     """Sink and local tiles of one q block, bool [causal tiles].
 
     ``start`` is the block's aligned position, ``end`` the position after its last present

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_sparse_backend.selection import Dense, Sale, Static
+from vllm_sparse_backend.selection import Dense, Mass, Sale, Static
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +25,7 @@ HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
 KV_LAYOUTS = ("vec", "vec16", "amx")
 DTYPES = ("bfloat16", "float16", "float32")
 
-_ABI = 2
+_ABI = 3
 _LAYOUT = {"vec": 0, "vec16": 0, "amx": 1}
 _DTYPE = {name: i for i, name in enumerate(DTYPES)}
 _LIST = 3  # the selector that takes its tiles from the caller
@@ -83,6 +83,7 @@ class _Problem(ctypes.Structure):
         ("list_tiles", ctypes.c_void_p),
         ("tiles_computed", ctypes.POINTER(ctypes.c_int64)),
         ("tiles_causal", ctypes.POINTER(ctypes.c_int64)),
+        ("pack_seconds", ctypes.POINTER(ctypes.c_double)),
         ("select_seconds", ctypes.POINTER(ctypes.c_double)),
         ("attend_seconds", ctypes.POINTER(ctypes.c_double)),
         ("tiles_out", ctypes.c_void_p),
@@ -123,6 +124,7 @@ def _library() -> ctypes.CDLL:
         )
     library.vsb_isas.restype = ctypes.c_char_p
     library.vsb_usable.argtypes = (ctypes.c_char_p,)
+    library.vsb_peak.argtypes = (ctypes.c_char_p, ctypes.POINTER(ctypes.c_double))
     library.vsb_forward.argtypes = (ctypes.c_char_p, ctypes.POINTER(_Problem))
     return library
 
@@ -162,6 +164,18 @@ def active_isa() -> str:
     )
 
 
+def peak() -> dict[str, float]:
+    """What one thread reaches with the active instruction set, in 1e9 operations a second.
+
+    By dtype of the products: ``float32``, ``bfloat16`` and ``int8``; a multiply-add is two
+    operations. Measured anew, of registers alone, in some 0.1 s.
+    """
+    gops = (ctypes.c_double * 3)()
+    if _library().vsb_peak(active_isa().encode(), gops):
+        raise CoreUnavailable(f"{active_isa()} cannot run on this machine")
+    return dict(zip(("float32", "bfloat16", "int8"), gops, strict=True))
+
+
 def _native_policies(table: PolicyTable) -> ctypes.Array[_Policy]:
     if table.native is None:
         rows = (_Policy * len(table.rows))()
@@ -172,8 +186,9 @@ def _native_policies(table: PolicyTable) -> ctypes.Array[_Policy]:
                 case Static():
                     row.selector, row.tile, row.growth = 1, policy.tile, policy.growth
                     row.sink, row.local = policy.sink, policy.local
-                case Sale():
-                    row.selector, row.tile, row.tau = 2, policy.tile, policy.tau
+                case Sale() | Mass():
+                    row.selector = 2 if isinstance(policy, Sale) else 4
+                    row.tile, row.tau = policy.tile, policy.tau
                     row.sink, row.local = policy.sink, policy.local
                     row.bits, row.row_stride = policy.bits, policy.row_stride
                     row.tail = policy.tail
@@ -198,13 +213,13 @@ def forward(
     out: torch.Tensor,
     tiles_out: torch.Tensor | None,
     tiles_in: TileList | None = None,
-) -> tuple[list[int], list[int], float, float]:
+) -> tuple[list[int], list[int], float, float, float]:
     """Attention of the given requests into ``out``; shapes as in ``paged_sparse_attention``.
 
     ``tiles_out``: uint8 [Hq, q blocks of the one request, ceil(seq_len / 16)], set to 1 where
     computed. ``tiles_in``: compute exactly these tiles of the one request, whatever the
-    policies say. Returns tiles computed and causal per q head, then seconds of selection
-    and attention summed over threads.
+    policies say. Returns tiles computed and causal per q head, then seconds of packing,
+    selection and attention summed over threads.
     """
     num_heads = q.shape[1]
     starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
@@ -215,7 +230,7 @@ def forward(
         native.query_len = starts[r + 1] - starts[r]
         native.seq_len = lengths[r]
     computed, causal = (ctypes.c_int64 * num_heads)(), (ctypes.c_int64 * num_heads)()
-    select, attend = ctypes.c_double(0), ctypes.c_double(0)
+    pack, select, attend = (ctypes.c_double(0) for _ in range(3))
     problem = _Problem(
         q=q.data_ptr(),
         out=out.data_ptr(),
@@ -242,10 +257,11 @@ def forward(
         list_tiles=tiles_in.tiles.data_ptr() if tiles_in is not None else None,
         tiles_computed=computed,
         tiles_causal=causal,
+        pack_seconds=ctypes.pointer(pack),
         select_seconds=ctypes.pointer(select),
         attend_seconds=ctypes.pointer(attend),
         tiles_out=tiles_out.data_ptr() if tiles_out is not None else None,
     )
     if _library().vsb_forward(active_isa().encode(), ctypes.byref(problem)):
         raise MemoryError(f"no memory for sparse attention over {max(lengths)} tokens")
-    return list(computed), list(causal), select.value, attend.value
+    return list(computed), list(causal), pack.value, select.value, attend.value

@@ -5,8 +5,7 @@
 // packed once for all heads of the group that keep it.
 #pragma once
 
-#include <ctime>
-
+#include "peak.h"
 #include "select.h"
 
 namespace vsb {
@@ -32,7 +31,7 @@ struct Shared {      // of one thread
   int32_t *weights;  // [kQBlock][kPanelKeys], words
   int32_t *packed;   // [kBatchTiles][2 * kSub * head_dim]
   Head *heads;       // [group]
-  SelectScratch *select;
+  ScoredRows *scored;
 };
 
 // Hands out 64-byte aligned pieces of a thread's scratch; with no base, only counts.
@@ -53,7 +52,7 @@ inline Shared carve(Carver &c, const VsbProblem &p, int32_t subs) {
   s.scores = c.take<float>(kQBlock * kPanelKeys);
   s.weights = c.take<int32_t>(kQBlock * kPanelKeys);
   s.packed = c.take<int32_t>(kBatchTiles * 2 * kSub * D);
-  s.select = c.take<SelectScratch>(1);
+  s.scored = c.take<ScoredRows>(1);
   s.heads = c.take<Head>(group);
   for (int g = 0; g < group; g++) {
     Head h = {};
@@ -71,12 +70,6 @@ inline int64_t scratch_bytes(const VsbProblem &p, int32_t longest) {
   Carver counter{nullptr};
   carve(counter, p, ceil_div(longest, kSub));
   return counter.used + 64;
-}
-
-inline double seconds() {
-  timespec t;
-  clock_gettime(CLOCK_MONOTONIC, &t);
-  return t.tv_sec + 1e-9 * t.tv_nsec;
 }
 
 // Scores of one panel to weights, in place of the row's softmax state. first_key[t] is the
@@ -231,12 +224,15 @@ void attend(const VsbProblem &p, const KvHead &kv, int32_t q_block, char *scratc
     const int head = kv.head * group + g;
     const VsbPolicy &policy = p.policies[head];
     memset(h.keep, 0, subs);
-    if (policy.selector != VSB_SALE || h.window.sink >= h.window.local) continue;
+    if (!is_scored(policy) || h.window.sink >= h.window.local) continue;
     more = true;
     float sums[kQBlock];
     for (int r = 0; r < rows; r++) sums[r] = hsum(load(h.sums + r * kLanes));
-    select_sale(p, kv, policy, q0 + head * p.q_head, p.q_row, Rows{h.q, first, rows}, h.window,
-                h.maxima, sums, *s.select, h.keep);
+    const Rows<T> scored = {q0 + head * p.q_head, p.q_row, first, rows};
+    auto select = policy.bits == 8   ? select_scored<8, T>
+                  : policy.bits == 6 ? select_scored<6, T>
+                                     : select_scored<4, T>;
+    select(p, kv, policy, scored, h.window, h.maxima, sums, *s.scored, h.keep);
     count_tiles(p, kv, h, head, q_block, stats);
   }
   const double selected = seconds();

@@ -95,8 +95,10 @@ struct Memory {
   }
 };
 
+constexpr int kCodeBits[3] = {8, 6, 4};  // of KvHead::codes
+
 bool needs_codes(const VsbPolicy &p, int bits) {
-  return p.selector == VSB_SALE && p.tau > 0 && p.bits == bits;
+  return (p.selector == VSB_SALE || p.selector == VSB_MASS) && p.tau > 0 && p.bits == bits;
 }
 
 // Lays one kv head's codes out in memory; with a null base only counts.
@@ -106,9 +108,9 @@ KvHead lay_out(const VsbProblem &p, const VsbRequest &request, int32_t head, Mem
   const int64_t subs = pages * (p.page_size / kSub);
   KvHead kv = {&request, head, nullptr, nullptr, {}};
   const VsbPolicy *policies = p.policies + head * group;
-  for (int i = 0; i < 2; i++) {
+  for (int i = 0; i < 3; i++) {
     const bool needed = std::any_of(policies, policies + group, [i](const VsbPolicy &policy) {
-      return needs_codes(policy, i ? 4 : 8);
+      return needs_codes(policy, kCodeBits[i]);
     });
     if (!needed) continue;
     if (!kv.mean) {
@@ -116,8 +118,8 @@ KvHead lay_out(const VsbProblem &p, const VsbRequest &request, int32_t head, Mem
       kv.page_sums = memory.take<double>(pages * p.head_dim);
     }
     kv.codes[i].codes = memory.take<int8_t>(subs * kSub * p.head_dim);
-    kv.codes[i].row_shift = memory.take<int32_t>(subs * kSub);
-    kv.codes[i].inverse_step = memory.take<float>(subs);
+    kv.codes[i].sums = memory.take<int32_t>(subs * kSub);
+    kv.codes[i].step = memory.take<float>(subs);
   }
   return kv;
 }
@@ -184,7 +186,7 @@ void run_wave(const VsbProblem &p, const Kernels &k, const Wave &wave, int64_t s
     double began = omp_get_wtime();
     each(next_sum, wave.pages.size(),
          [&](size_t i) { k.sum_keys(p, wave.heads[wave.pages[i].kv], wave.pages[i].index); });
-    double quantizing = omp_get_wtime() - began;
+    double packing = omp_get_wtime() - began;
 #pragma omp barrier
     each(next_mean, wave.heads.size(), [&](size_t i) {
       if (wave.heads[i].mean) finish_mean(p, wave.heads[i]);
@@ -193,10 +195,10 @@ void run_wave(const VsbProblem &p, const Kernels &k, const Wave &wave, int64_t s
     began = omp_get_wtime();
     each(next_page, wave.pages.size(),
          [&](size_t i) { k.quantize_keys(p, wave.heads[wave.pages[i].kv], wave.pages[i].index); });
-    quantizing += omp_get_wtime() - began;
+    packing += omp_get_wtime() - began;
 #pragma omp barrier
     if (!out_of_memory) {
-      ItemStats stats = {tiles.data(), tiles.data() + p.num_heads, quantizing, 0};
+      ItemStats stats = {tiles.data(), tiles.data() + p.num_heads, 0, 0};
       each(next_block, wave.blocks.size(), [&](size_t i) {
         k.attend(p, wave.heads[wave.blocks[i].kv], wave.blocks[i].index, scratch, stats);
       });
@@ -206,6 +208,7 @@ void run_wave(const VsbProblem &p, const Kernels &k, const Wave &wave, int64_t s
           p.tiles_computed[h] += stats.tiles_computed[h];
           p.tiles_causal[h] += stats.tiles_causal[h];
         }
+        *p.pack_seconds += packing;
         *p.select_seconds += stats.select_seconds;
         *p.attend_seconds += stats.attend_seconds;
       }
@@ -242,7 +245,7 @@ void forward(const VsbProblem &p, const Kernels &k) {
 
 extern "C" {
 
-int32_t vsb_abi(void) { return 2; }
+int32_t vsb_abi(void) { return 3; }
 
 const char *vsb_isas(void) {
   static const std::string names = [] {
@@ -256,6 +259,13 @@ const char *vsb_isas(void) {
 int32_t vsb_usable(const char *name) {
   const vsb::Isa *isa = vsb::find(name);
   return isa ? isa->usable : -1;
+}
+
+int32_t vsb_peak(const char *name, double *gops) {
+  const vsb::Isa *isa = vsb::find(name);
+  if (!isa || !isa->usable) return -1;
+  isa->kernels(VSB_BF16).peak(gops);
+  return 0;
 }
 
 int32_t vsb_forward(const char *name, const VsbProblem *problem) {

@@ -17,13 +17,13 @@ enum VsbDtype { VSB_BF16 = 0, VSB_FP16 = 1, VSB_FP32 = 2 };
 // The page's values start N*D elements after its keys.
 enum VsbLayout { VSB_VEC = 0, VSB_AMX = 1 };
 
-enum VsbSelector { VSB_DENSE = 0, VSB_STATIC = 1, VSB_SALE = 2, VSB_LIST = 3 };
+enum VsbSelector { VSB_DENSE = 0, VSB_STATIC = 1, VSB_SALE = 2, VSB_LIST = 3, VSB_MASS = 4 };
 
 struct VsbPolicy {
   int32_t selector;
   int32_t tile;  // key tokens: 16, 32 or 64
   int32_t sink, local;
-  int32_t bits;  // 4 or 8
+  int32_t bits;  // 4, 6 or 8
   int32_t row_stride, tail;
   float tau;
   double growth;
@@ -53,7 +53,7 @@ struct VsbProblem {
 
   // Results. tiles_*: per q head. seconds: summed over threads.
   int64_t *tiles_computed, *tiles_causal;
-  double *select_seconds, *attend_seconds;
+  double *pack_seconds, *select_seconds, *attend_seconds;
   // Optional, for one request: [num_heads, its q blocks, ceil(seq_len / 16)], 1 = computed.
   uint8_t *tiles_out;
 };
@@ -63,6 +63,9 @@ VSB_API int32_t vsb_abi(void);
 VSB_API const char *vsb_isas(void);
 // 1 if this CPU and operating system can run the named one, 0 if not, -1 if unknown.
 VSB_API int32_t vsb_usable(const char *isa);
+// What one thread reaches with the named one, in 1e9 operations a second (a multiply-add is two):
+// fp32, bf16 and int8 products, as the kernels compute them, of registers. -1 if not usable.
+VSB_API int32_t vsb_peak(const char *isa, double *gops);
 // Runs on the calling thread's OpenMP pool. 0, or -1 if memory ran out or isa is not usable.
 VSB_API int32_t vsb_forward(const char *isa, const struct VsbProblem *problem);
 }

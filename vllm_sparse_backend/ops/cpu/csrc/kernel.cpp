@@ -5,7 +5,7 @@ namespace vsb {
 namespace VSB_ISA_NAME {
 
 template <class C, class T>
-constexpr Kernels kKernels = {scratch_bytes, sum_keys<T>, quantize_keys<T>, attend<C, T>};
+constexpr Kernels kKernels = {scratch_bytes, sum_keys<T>, quantize_keys<T>, attend<C, T>, peak};
 
 // fp32 keeps fp32's accuracy; 16-bit inputs take bf16 products where the CPU has them (bf16
 // only: fp16 would lose three bits), else fp32 products with the cheaper exponential.

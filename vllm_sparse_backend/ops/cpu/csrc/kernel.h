@@ -11,9 +11,9 @@ constexpr int kSub = 16;     // key tokens in a packed tile; a policy's tile is 
 
 // Keys of one kv head as integer codes, for selectors' scores.
 struct KeyCodes {
-  int8_t *codes;        // [sub][head_dim / depth][kSub][depth], depth as in simd.h
-  int32_t *row_shift;   // [sub][kSub]: what shifting the rows' codes adds to the products
-  float *inverse_step;  // [sub]: codes per unit; NaN where the keys are not finite
+  int8_t *codes;  // [sub][head_dim / 4][kSub][4]
+  int32_t *sums;  // [sub][kSub]: what shifting the rows' codes adds to the products
+  float *step;    // [sub]: the size of a code's unit; NaN where the keys are not finite
 };
 
 // One kv head of one request: the unit whose keys are quantized together.
@@ -22,7 +22,7 @@ struct KvHead {
   int32_t head;
   double *page_sums;  // [pages][head_dim]
   float *mean;        // [head_dim], over all seq_len keys
-  KeyCodes codes[2];  // for 8 and 4 bits; codes == nullptr where no head asks for it
+  KeyCodes codes[3];  // for 8, 6 and 4 bits; codes == nullptr where no head asks for it
 };
 
 struct ItemStats {
@@ -35,6 +35,7 @@ struct Kernels {
   void (*sum_keys)(const VsbProblem &, const KvHead &, int32_t page);
   void (*quantize_keys)(const VsbProblem &, const KvHead &, int32_t page);
   void (*attend)(const VsbProblem &, const KvHead &, int32_t q_block, char *scratch, ItemStats &);
+  void (*peak)(double *gops);
 };
 
 inline int32_t ceil_div(int32_t a, int32_t b) { return (a + b - 1) / b; }

@@ -1,4 +1,4 @@
-// The two products of attention on packed tiles, and the scores of integer codes.
+// The two products of attention on packed tiles.
 //
 // One call computes up to kRows query rows against kTilesAtOnce tiles or value slices and
 // holds all its sums in registers: 12 of AVX2's 16, 24 of AVX-512's 32. The row and tile
@@ -79,40 +79,6 @@ void weight_value(const int32_t *weights, int64_t weight_words, const Tile *tile
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
     for (int v = 0; v < V; v++) store(out + r * out_words + v * kLanes, acc[r][v]);
-}
-
-// hits[t] |= rows' products with the keys of tile t > limits[16-aligned t, r], per lane.
-template <int R, int T>
-void code_hits(const int32_t *rows, int64_t row_words, const int8_t *codes, int64_t tile_codes,
-               int steps, const int32_t *row_shift, const int32_t *limits, int64_t limit_words,
-               vi *hits) {
-  constexpr int V = T * kVectors, kStepCodes = kSub * kCodeDepth, kLoad = kLanes * kCodeDepth;
-  vi acc[R][V];
-#pragma GCC unroll 8
-  for (int v = 0; v < V; v++) {
-    vi start = {};
-    if (kRowShift) start = -load_as<vi>(row_shift + v * kLanes);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++) acc[r][v] = start;
-  }
-  for (int k = 0; k < steps; k++) {
-    key_codes b[V];
-#pragma GCC unroll 8
-    for (int v = 0; v < V; v++)
-      b[v] =
-          load_key_codes(codes + v / kVectors * tile_codes + k * kStepCodes + v % kVectors * kLoad);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++) {
-      const int32_t a = rows[r * row_words + k];
-#pragma GCC unroll 8
-      for (int v = 0; v < V; v++) acc[r][v] = dot_codes(acc[r][v], a, b[v]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
-    for (int v = 0; v < V; v++)
-      hits[v] |= acc[r][v] > splat(limits[v / kVectors * limit_words + r]);
 }
 
 // Calls f with the rows left (1 to kRows) and the tiles left (1 to kTilesAtOnce) as constants.

@@ -2,7 +2,7 @@
 //
 // Per kv head: the keys' mean over the whole context is taken off (it adds the same to every
 // score of a query row, so it is added back there), then every kSub keys share one step,
-// max |k - mean| / (127 or 7), and are rounded to nearest even. SALE (arXiv 2505.24179).
+// max |k - mean| / (127, 31 or 7), and are rounded to nearest even. SALE (arXiv 2505.24179).
 #pragma once
 
 #include "pack.h"
@@ -11,7 +11,26 @@ namespace vsb {
 namespace VSB_ISA_NAME {
 
 constexpr int kMaxHeadDim = 256;
-constexpr float kCodeMax[2] = {127, 7};  // 8 and 4 bits
+
+// Codes of a policy's `bits`. The queries' are kept so small that, once shifted to be unsigned,
+// two products with a key's fit in 16 bits, as do kRun times two.
+template <int Bits>
+struct Codes;
+template <>
+struct Codes<8> {
+  static constexpr int kIndex = 0, kShift = 64, kRun = 1;
+  static constexpr float kQueryMax = 63, kKeyMax = 127;
+};
+template <>
+struct Codes<6> {
+  static constexpr int kIndex = 1, kShift = 32, kRun = 8;
+  static constexpr float kQueryMax = 31, kKeyMax = 31;
+};
+template <>
+struct Codes<4> {
+  static constexpr int kIndex = 2, kShift = 8, kRun = 64;
+  static constexpr float kQueryMax = 7, kKeyMax = 7;
+};
 
 // x * inverse, rounded to the nearest code. The clamping lies between the product and the
 // rounding so that the compiler makes no fused multiply-add of them: in 16-bit inputs half a
@@ -37,26 +56,26 @@ void sum_keys(const VsbProblem &p, const KvHead &kv, int32_t page) {
   }
 }
 
-// One tile's codes from its centred keys, [head_dim][kSub].
-VSB_INLINE void encode(const float *keys, int head_dim, float inverse, float limit, int8_t *codes,
-                       int32_t *row_shift) {
-  constexpr int depth = kCodeDepth;
+// One tile's codes from its centred keys, [head_dim][kSub]; `bound` is their largest magnitude.
+template <int Bits>
+VSB_INLINE void encode_keys(const float *keys, int head_dim, float bound, int sub,
+                            const KeyCodes &out) {
+  const float inverse = bound > 0 ? Codes<Bits>::kKeyMax / bound : 0;
+  int8_t *codes = out.codes + (int64_t)sub * kSub * head_dim;
   vi sums[kSub / kLanes] = {};
-  for (int d = 0; d < head_dim; d += depth)
+  for (int d = 0; d < head_dim; d += 4)
     for (int w = 0; w < kSub; w += kLanes) {
-      int8_t *out = codes + d * kSub + w * depth;
-      vi word = {};  // the depth codes of each key, first channel lowest
-      for (int j = 0; j < depth; j++) {
-        const vi c = to_codes(load(keys + (d + j) * kSub + w), inverse, limit);
+      vi word = {};  // 4 codes of each key, first channel lowest
+      for (int j = 0; j < 4; j++) {
+        const vi c = to_codes(load(keys + (d + j) * kSub + w), inverse, Codes<Bits>::kKeyMax);
         sums[w / kLanes] += c;
         word |= (c & 0xff) << (8 * j);
       }
-      if (depth == 4)
-        store_as(out, word);
-      else
-        store_as(out, __builtin_convertvector(word, vh));
+      store_as(codes + d * kSub + w * 4, word);
     }
-  for (int w = 0; w < kSub; w += kLanes) store_as(row_shift + w, sums[w / kLanes] * kRowShift);
+  for (int w = 0; w < kSub; w += kLanes)
+    store_as(out.sums + sub * kSub + w, sums[w / kLanes] * Codes<Bits>::kShift);
+  out.step[sub] = bound / Codes<Bits>::kKeyMax;
 }
 
 template <class T>
@@ -74,22 +93,16 @@ void quantize_keys(const VsbProblem &p, const KvHead &kv, int32_t page) {
         poison[w / kLanes] += x * 0;  // NaN once any key is not finite
         store(keys + d * kSub + w, x);
       }
-    float bound = 0, bad = 0;
+    // Keys beyond the context hold -mean. They are the diagonal's, which is never scored.
+    float bound = 0;
     for (int n = 0; n < at.valid; n++) {
       const float m = most[n / kLanes][n % kLanes];
       bound = m > bound ? m : bound;
-      bad += poison[n / kLanes][n % kLanes];
     }
-    for (int i = 0; i < 2; i++) {
-      const KeyCodes &out = kv.codes[i];
-      if (!out.codes) continue;
-      const float inverse = bound > 0 ? kCodeMax[i] / bound : 0;
-      encode(keys, D, inverse, kCodeMax[i], out.codes + (int64_t)s * kSub * D,
-             out.row_shift + s * kSub);
-      // Keys beyond the context hold -mean: their codes must not reach a limit by chance, and
-      // cannot, because such a tile is the diagonal's and never scored.
-      out.inverse_step[s] = 1 / (bound / kCodeMax[i]) + bad;
-    }
+    for (int n = 0; n < at.valid; n++) bound += poison[n / kLanes][n % kLanes];
+    if (kv.codes[0].codes) encode_keys<8>(keys, D, bound, s, kv.codes[0]);
+    if (kv.codes[1].codes) encode_keys<6>(keys, D, bound, s, kv.codes[1]);
+    if (kv.codes[2].codes) encode_keys<4>(keys, D, bound, s, kv.codes[2]);
   }
 }
 

@@ -2,25 +2,23 @@
 #pragma once
 
 #include "products.h"
-#include "quantize.h"
+#include "score.h"
 
 namespace vsb {
 namespace VSB_ISA_NAME {
-
-// Query rows of one head and q block.
-struct Rows {
-  const int32_t *words;  // [count][words per row]
-  int32_t first, count;  // absolute position of the first, 1 to kQBlock
-};
 
 // Always-kept tiles are a prefix and a suffix: [0, sink) and [local, subs), in packed tiles.
 struct Window {
   int32_t sink, local, subs;
 };
 
+inline bool is_scored(const VsbPolicy &policy) {
+  return policy.selector == VSB_SALE || policy.selector == VSB_MASS;
+}
+
 inline Window window_of(const VsbPolicy &policy, int32_t a0, int32_t end) {
   const int32_t subs = ceil_div(end, kSub), per_tile = policy.tile / kSub;
-  if (policy.selector == VSB_DENSE || (policy.selector == VSB_SALE && policy.tau == 0))
+  if (policy.selector == VSB_DENSE || (is_scored(policy) && policy.tau == 0))
     return {subs, subs, subs};
   int32_t local = policy.local;
   if (policy.selector == VSB_STATIC) local += (int32_t)(policy.growth * (double)end);
@@ -29,87 +27,99 @@ inline Window window_of(const VsbPolicy &policy, int32_t a0, int32_t end) {
   return {sink, larger(sink, from), subs};
 }
 
-constexpr int kMaxScored = kQBlock;
-
-struct SelectScratch {
-  alignas(64) row_code codes[kMaxScored * kMaxHeadDim];
-  alignas(64) float limits[kMaxScored];  // a row's threshold in code products per key step
-  alignas(64) int32_t tile_limits[kTilesAtOnce * kMaxScored];
+// Query rows of one head and q block, in place.
+template <class T>
+struct Rows {
+  const T *q;  // row r at q + r * stride
+  int64_t stride;
+  int32_t first, count;  // absolute position of the first, 1 to kQBlock
 };
 
-// A row's codes: max |q| / (127 or 7) per step. Returns codes per unit, 0 for a row of zeros.
-VSB_INLINE float encode_row(const float *q, int head_dim, float limit, row_code *codes) {
-  float bound = 0;
-  for (int d = 0; d < head_dim; d++) {
-    const float a = q[d] < 0 ? -q[d] : q[d];
-    bound = a > bound ? a : bound;
-  }
-  const float inverse = bound > 0 ? limit / bound : 0;
-  for (int d = 0; d < head_dim; d += kLanes) {
-    const vi c = to_codes(load(q + d), inverse, limit);
-    for (int i = 0; i < kLanes; i++) codes[d + i] = (row_code)(c[i] + kRowShift);
-  }
+// One row's codes as the lane of its group. Returns the size of a code's unit.
+VSB_INLINE float encode_row(const float *q, int head_dim, float limit, int shift, int32_t *lane) {
+  vf most = {};
+  for (int d = 0; d < head_dim; d += kLanes) most = max(abs(load(q + d)), most);
+  const float bound = hmax(most), inverse = bound > 0 ? limit / bound : 0;
+  alignas(64) uint8_t codes[kMaxHeadDim];
+  for (int d = 0; d < head_dim; d += kLanes)
+    store_as(codes + d, __builtin_convertvector(to_codes(load(q + d), inverse, limit) + shift, vb));
+  for (int step = 0; step < head_dim / 4; step++)
+    memcpy(lane + step * kRowGroup, codes + 4 * step, 4);
   return bound / limit;
 }
 
-// SALE: any scored element with exp(s - m) / l > tau, m and l over sink and local tiles.
+// The rows a policy scores: every stride-th, counted so that a q block's last is one of them, the
+// last there is, and all of the step's tail.
 //
-//   scale * (step_q * step_k * product + q.mean) > m + ln(tau * l)
-//   <=> product > limit / step_k,  limit = ((m + ln(tau * l)) / scale - q.mean) / step_q
+//   log2(exp(s - m) / (tau l)) = product * step_q * step_k * base2 + q.mean * base2 - m2 - log2(tau
+//   l)
 //
-// `maxima` and `sums` are of base-2 scores s * scale * log2(e). Sets keep[sub] in the window's
-// gap. A limit that is NaN keeps the tile: what cannot be judged is computed.
-template <class T>
-void select_sale(const VsbProblem &p, const KvHead &kv, const VsbPolicy &policy, const T *q,
-                 int64_t q_row, const Rows &rows, const Window &window, const float *maxima,
-                 const float *sums, SelectScratch &scratch, uint8_t *keep) {
-  const int D = p.head_dim, which = policy.bits == 4, steps = D / kCodeDepth;
-  const KeyCodes &keys = kv.codes[which];
-  const float base2 = p.scale * 1.44269504f;
-  int scored = 0;
+// with base2 = scale * log2(e) and m2 = m * log2(e). A row that cannot be judged, because of a
+// NaN in its threshold, hits every tile.
+template <int Bits, class T>
+void encode_rows(const VsbProblem &p, const KvHead &kv, const VsbPolicy &policy,
+                 const Rows<T> &rows, const float *maxima, const float *sums, ScoredRows &out) {
+  const int D = p.head_dim;
+  const float base2 = p.scale * 1.44269504f, unit = 8388608.0f;  // 2^23
   const int32_t tail = kv.request->seq_len - policy.tail;
+  int scored = 0;
   for (int r = 0; r < rows.count; r++) {
     const int32_t position = rows.first + r;
-    if (position % policy.row_stride && position < tail && r != rows.count - 1) continue;
+    const bool on_stride = (position + 1) % policy.row_stride == 0;
+    if (!on_stride && position < tail && r != rows.count - 1) continue;
     alignas(64) float x[kMaxHeadDim];
     vf mean = {};
     for (int d = 0; d < D; d += kLanes) {
-      const vf part = load(q + r * q_row + d);
+      const vf part = load(rows.q + r * rows.stride + d);
       mean += part * load(kv.mean + d);
       store(x + d, part);
     }
-    const float step = encode_row(x, D, kCodeMax[which], scratch.codes + scored * D);
-    const float threshold = maxima[r] + __builtin_log2f(policy.tau * sums[r]);
-    scratch.limits[scored++] = (threshold / base2 - hsum(mean)) / step;
+    const int group = scored / kRowGroup, lane = scored % kRowGroup;
+    const float step = encode_row(x, D, Codes<Bits>::kQueryMax, Codes<Bits>::kShift,
+                                  out.codes + group * kRowGroup * D / 4 + lane);
+    const float offset = hsum(mean) * base2 - maxima[r] - __builtin_log2f(policy.tau * sums[r]);
+    const bool judged = offset == offset && step * 0 == 0;
+    out.scale[scored] = judged ? step * base2 * unit : 0;
+    // Bounded, so that the products' share still counts in fp32 and sums stay finite.
+    const float bounded = offset > 100 ? 100 : offset < -1e6f ? -1e6f : offset;
+    out.offset[scored++] = kOne + (judged ? bounded : 100) * unit;
   }
-  const int padded = (scored + kLanes - 1) / kLanes * kLanes;
-  for (int r = scored; r < padded; r++) scratch.limits[r] = 0;
+  out.groups = ceil_div(scored, kRowGroup);
+  for (; scored < out.groups * kRowGroup; scored++) {
+    out.scale[scored] = 0;
+    out.offset[scored] = 0;
+    for (int step = 0; step < D / 4; step++)
+      out.codes[(scored / kRowGroup * D / 4 + step) * kRowGroup + scored % kRowGroup] = 0;
+  }
+}
 
+template <int Bits, class Rule>
+void mark_tiles(const VsbProblem &p, const KeyCodes &keys, const VsbPolicy &policy,
+                const ScoredRows &rows, const Window &window, uint8_t *keep) {
   const int per_tile = policy.tile / kSub;
-  for (int sub = window.sink; sub < window.local; sub += kTilesAtOnce) {
-    const int tiles = smaller(kTilesAtOnce, window.local - sub);
-    for (int t = 0; t < tiles; t++)
-      for (int r = 0; r < padded; r += kLanes) {
-        const vf low = splat(-1073741824.0f), high = -low;
-        vf limit = load(scratch.limits + r) * keys.inverse_step[sub + t];
-        limit = limit > low ? min(limit, high) : low;  // NaN: low
-        store_as(scratch.tile_limits + t * kMaxScored + r, floor_to_int(limit));
-      }
-    vi hits[kTilesAtOnce * kVectors] = {};
-    for (int r = 0; r < scored; r += kRows)
-      with_sizes(scored - r, tiles, [&]<int R, int N>() {
-        code_hits<R, N>((const int32_t *)(scratch.codes + r * D), steps,
-                        keys.codes + (int64_t)sub * kSub * D, kSub * D, steps,
-                        keys.row_shift + sub * kSub, scratch.tile_limits + r, kMaxScored, hits);
-      });
-    for (int t = 0; t < tiles; t++) {
-      vi hit = hits[t * kVectors];
-      for (int v = 1; v < kVectors; v++) hit |= hits[t * kVectors + v];
-      if (!any(hit)) continue;
-      const int first = (sub + t) / per_tile * per_tile;
-      for (int i = first; i < smaller(first + per_tile, window.local); i++) keep[i] = 1;
-    }
+  for (int sub = window.sink; sub < window.local; sub += per_tile) {
+    const int subs = smaller(per_tile, window.local - sub);
+    bool hit = false;
+    for (int s = sub; s < sub + subs; s++) hit |= !(keys.step[s] * 0 == 0);
+    for (int group = 0; group < rows.groups && !hit; group++)
+      hit = group_hits<Bits, Rule>(rows, group, keys, p.head_dim, sub, subs);
+    if (hit) memset(keep + sub, 1, subs);
   }
+}
+
+// SALE (any scored element with exp(s - m) / l > tau) or MASS (any scored row's sum of them over
+// the tile), m and l over sink and local tiles, here of base-2 scores. Sets keep[sub] in the
+// window's gap.
+template <int Bits, class T>
+void select_scored(const VsbProblem &p, const KvHead &kv, const VsbPolicy &policy,
+                   const Rows<T> &rows, const Window &window, const float *maxima,
+                   const float *sums, ScoredRows &scratch, uint8_t *keep) {
+  const KeyCodes &keys = kv.codes[Codes<Bits>::kIndex];
+  encode_rows<Bits>(p, kv, policy, rows, maxima, sums, scratch);
+  if (policy.selector == VSB_MASS)
+    mark_tiles<Bits, MassRule>(p, keys, policy, scratch, window, keep);
+  else
+    mark_tiles<Bits, PeakRule>(p, keys, policy, scratch, window, keep);
 }
 
 }  // namespace VSB_ISA_NAME

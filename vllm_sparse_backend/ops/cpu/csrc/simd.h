@@ -167,52 +167,46 @@ VSB_INLINE vf dot_bf16(vf acc, vi a, vi b) {
 #endif
 }
 
-// Integer products for the selectors' scores. One step multiplies kCodeDepth channels of
-// one query row (broadcast) with those of kLanes keys.
-//
-// With an int8 dot product: 4 channels, the row's codes shifted by +128 to be unsigned (the
-// keys' sums, times 128, are taken off at the start). Without: 2 channels as int16.
+// Integer products for the selectors' scores: acc[i] + sum over 4 channels of rows[i] * key, where
+// a lane of `rows` holds 4 unsigned codes of one query row and `key` 4 signed ones of one key.
 #if VSB_INT8_DOT
-constexpr int kCodeDepth = 4;
-constexpr int kRowShift = 128;
-typedef uint8_t row_code;
-typedef int32_t key_codes __attribute__((vector_size(4 * VSB_LANES)));
-VSB_INLINE key_codes load_key_codes(const int8_t *p) { return load_as<key_codes>(p); }
-VSB_INLINE vi dot_codes(vi acc, int32_t row, key_codes keys) {
+VSB_INLINE vi dot_codes(vi acc, vi rows, int32_t key) {
 #if defined(__AVX512VNNI__) && VSB_LANES == 16
-  return (vi)_mm512_dpbusd_epi32((__m512i)acc, _mm512_set1_epi32(row), (__m512i)keys);
+  return (vi)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)rows, _mm512_set1_epi32(key));
 #else
   for (int i = 0; i < kLanes; i++)
     for (int j = 0; j < 4; j++)
-      acc[i] += (int32_t)(uint8_t)(row >> (8 * j)) * (int32_t)(int8_t)(keys[i] >> (8 * j));
+      acc[i] += (int32_t)(uint8_t)(rows[i] >> (8 * j)) * (int32_t)(int8_t)(key >> (8 * j));
   return acc;
 #endif
 }
 #else
-constexpr int kCodeDepth = 2;
-constexpr int kRowShift = 0;
-typedef int16_t row_code;
-typedef int16_t key_codes __attribute__((vector_size(4 * VSB_LANES)));
-VSB_INLINE key_codes load_key_codes(const int8_t *p) {
+// Without such an instruction the products of channel pairs are summed in 16 bits, for as many
+// steps as cannot overflow, and then widened.
+typedef int16_t vs __attribute__((vector_size(4 * VSB_LANES)));
+VSB_INLINE vs dot_pairs(vi rows, int32_t key) {
 #if VSB_LANES == 8
-  return (key_codes)_mm256_cvtepi8_epi16(load_as<__m128i>(p));
+  return (vs)_mm256_maddubs_epi16((__m256i)rows, _mm256_set1_epi32(key));
 #elif defined(__AVX512BW__)
-  return (key_codes)_mm512_cvtepi8_epi16(load_as<__m256i>(p));
+  return (vs)_mm512_maddubs_epi16((__m512i)rows, _mm512_set1_epi32(key));
 #else
-  key_codes r;
-  for (int i = 0; i < 2 * kLanes; i++) r[i] = p[i];
-  return r;
+  vs sums;
+  for (int i = 0; i < 2 * kLanes; i++) {
+    const int32_t row = rows[i / 2] >> (i % 2 * 16), code = key >> (i % 2 * 16);
+    sums[i] = (int16_t)((uint8_t)row * (int8_t)code + (uint8_t)(row >> 8) * (int8_t)(code >> 8));
+  }
+  return sums;
 #endif
 }
-VSB_INLINE vi dot_codes(vi acc, int32_t row, key_codes keys) {
+VSB_INLINE vi widen_pairs(vs sums) {
 #if VSB_LANES == 8
-  return acc + (vi)_mm256_madd_epi16((__m256i)splat(row), (__m256i)keys);
+  return (vi)_mm256_madd_epi16((__m256i)sums, _mm256_set1_epi16(1));
 #elif defined(__AVX512BW__)
-  return acc + (vi)_mm512_madd_epi16((__m512i)splat(row), (__m512i)keys);
+  return (vi)_mm512_madd_epi16((__m512i)sums, _mm512_set1_epi16(1));
 #else
-  for (int i = 0; i < kLanes; i++)
-    acc[i] += (int16_t)row * keys[2 * i] + (int16_t)(row >> 16) * keys[2 * i + 1];
-  return acc;
+  vi wide;
+  for (int i = 0; i < kLanes; i++) wide[i] = sums[2 * i] + sums[2 * i + 1];
+  return wide;
 #endif
 }
 #endif
