@@ -35,7 +35,7 @@ pytestmark = needs_core
 MIXED = [(1, 300), (1, 1500), (200, 200), (700, 700), (300, 1100), (16, 900), (129, 513), (1, 40)]
 SPARSE = [3, 4, 6]
 RUNS = [(0, 3), (5, 6), (7, 8)]
-SMALL = {"min_prompt_tokens": 512}
+SMALL = {"min_prompt_tokens": 512, "dense_core": False}
 STATIC = {**SMALL, "policy": {"selector": "static", "sink": 16, "local": 64}}
 KEEP_ALL = {**SMALL, "policy": {"selector": "sale", "tau": 0.0}}
 
@@ -70,7 +70,7 @@ class Counted:
         after = read_totals(self.directory).values
         grown = {key: value - self.before.get(key, 0) for key, value in after.items()}
         return {
-            key[2] or key[1]: int(value)
+            key[1] if key[1] == "keep_all" else key[2] or key[1]: int(value)
             for key, value in grown.items()
             if key[0] == "layer_tokens" and value
         }
@@ -132,6 +132,23 @@ def test_every_token_is_counted_once_with_its_reason(mixed: tuple[Group, Batch])
         "short_context": 200,
         "short_query": 16,
     }
+
+
+def test_short_contexts_are_kept_whole_by_the_core(tiny_llama: Path) -> None:
+    group = Group(engine_config(tiny_llama, {**STATIC, "dense_core": True}))
+    if group.layers[0].isa == "amx":
+        pytest.skip("with the amx layout they are CPU_ATTN's")
+    batch = group.batch([(1, 300), (448, 448), (64, 64), (700, 700)])
+    counted = Counted(group)
+    out = group.forward(batch)
+    assert counted.tokens() == {"sparse": 700, "keep_all": 448, "decode": 1, "short_context": 64}
+    rows = batch.rows(1)
+    table = batch.common.block_table_tensor[1]
+    k, v = unpack(batch.kv_cache, table, 448, group.layers[0].isa)
+    assert_accurate(out[rows], (batch.q[rows], k, v), causal_mask(448, 448))
+    for own in (0, 2):
+        assert torch.equal(out[batch.rows(own)], group.base(batch, requests=(own, own + 1)))
+    assert not torch.equal(out[batch.rows(3)], group.base(batch, requests=(3, 4)))
 
 
 def test_tokens_are_counted_for_every_layer(tiny_llama: Path) -> None:
@@ -324,16 +341,16 @@ def _worker(rank: int) -> Worker:
 
 
 def test_ranks_take_their_own_heads_of_the_profile() -> None:
-    everything = _worker(0).policies(NAME.format(1), 4).rows
+    everything = _worker(0).policies(NAME.format(1), 4, 64).rows
     assert everything == [Dense(), Sale(tau=0.25), Static(local=64), Sale(tau=0.5)]
-    assert _worker(0).policies(NAME.format(1), 2).rows == everything[:2]
-    assert _worker(1).policies(NAME.format(1), 2).rows == everything[2:]
-    assert _worker(1).policies(NAME.format(0), 2).rows == [Sale(tau=0.25)] * 2
+    assert _worker(0).policies(NAME.format(1), 2, 64).rows == everything[:2]
+    assert _worker(1).policies(NAME.format(1), 2, 64).rows == everything[2:]
+    assert _worker(1).policies(NAME.format(0), 2, 64).rows == [Sale(tau=0.25)] * 2
 
 
 def test_a_layer_with_more_heads_than_the_profile() -> None:
     with pytest.raises(ProfileMismatch, match=r"layers\.1\.self_attn.*the layer has 4"):
-        _worker(1).policies(NAME.format(1), 3)
+        _worker(1).policies(NAME.format(1), 3, 64)
 
 
 def test_ranks_do_not_count_the_same_tokens_twice() -> None:

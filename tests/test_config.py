@@ -30,6 +30,7 @@ VALUES: dict[str, tuple[Any, str, Any]] = {
     "policy": ({"selector": "dense"}, '{"selector": "dense"}', DENSE),
     "min_prompt_tokens": (77, "77", 77),
     "min_query_tokens": (5, "5", 5),
+    "dense_core": (False, "false", False),
     "cpu_isa": ("avx2", "avx2", "avx2"),
 }
 
@@ -88,7 +89,7 @@ def test_the_process_environment_is_read_unless_another_is_given(
     ("fields", "message"),
     [
         ({"min_promt_tokens": 5}, "unknown field (did you mean 'min_prompt_tokens'?)"),
-        ({"zzz": 5}, "zzz: unknown field (known: cpu_isa, enabled, "),
+        ({"zzz": 5}, "zzz: unknown field (known: cpu_isa, dense_core, "),
         ({"min_prompt_tokens": "5"}, "min_prompt_tokens: input should be a valid integer, got '5'"),
         ({"min_prompt_tokens": 0}, "min_prompt_tokens: input should be greater than or equal to 1"),
         ({"min_query_tokens": 1.5}, "min_query_tokens: "),

@@ -16,7 +16,15 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from vllm_sparse_backend.backend.plan import DenseReason
 from vllm_sparse_backend.metrics import Counters, read_totals
-from vllm_sparse_backend.metrics.counters import ATTEND, CAUSAL, COMPUTED, SELECT, SPARSE, dense
+from vllm_sparse_backend.metrics.counters import (
+    ATTEND,
+    CAUSAL,
+    COMPUTED,
+    KEPT,
+    SELECT,
+    SPARSE,
+    dense,
+)
 from vllm_sparse_backend.metrics.prometheus import INFO_LABELS, Collector
 
 INFO = {"isa": "avx2", "profile": 'a "name" \\ of\nmine', "digest": "sha256:0", "version": "0"}
@@ -39,7 +47,7 @@ def test_counters_add_up_and_are_read_at_any_time(tmp_path: Path) -> None:
     own = Counters(tmp_path, REASONS, INFO)
     totals = read_totals(tmp_path)
     assert set(totals.values.values()) == {0.0}
-    assert len(totals.values) == 1 + len(REASONS) + 4
+    assert len(totals.values) == 2 + len(REASONS) + 4
     assert totals.infos == [INFO]
     assert totals.summary() == "no tokens were computed"
     own.add(SPARSE, 3)
@@ -123,6 +131,7 @@ def test_metrics_as_prometheus_reads_them(tmp_path: Path) -> None:
     assert scrape(tmp_path) == {}
     own = Counters(tmp_path, REASONS, INFO)
     own.add(SPARSE, 12)
+    own.add(KEPT, 6)
     own.add(dense("decode"), 5)
     for key, amount in ((COMPUTED, 30), (CAUSAL, 100), (SELECT, 0.5), (ATTEND, 1.5)):
         own.add(key, amount)
@@ -133,6 +142,7 @@ def test_metrics_as_prometheus_reads_them(tmp_path: Path) -> None:
     )
     name = "vllm:sparse_prefill_layer_tokens_total"
     assert samples.pop((name, ("sparse", ""))) == 12
+    assert samples.pop((name, ("keep_all", "short_context"))) == 6
     assert samples.pop((name, ("dense", "decode"))) == 5
     for reason in set(REASONS) - {"decode"}:
         assert samples.pop((name, ("dense", reason))) == 0

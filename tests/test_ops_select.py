@@ -12,10 +12,10 @@ from _tiles import assert_same_tiles
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_sparse_backend.ops import TileList, select_tiles
+from vllm_sparse_backend.ops import PolicyTable, TileList, select_tiles
 from vllm_sparse_backend.ops.cpu import core
 from vllm_sparse_backend.ops.cpu.build import instruction_sets
-from vllm_sparse_backend.selection import DENSE, Mass, Sale, Static
+from vllm_sparse_backend.selection import DENSE, AnyPolicy, Mass, Sale, Static
 
 ISAS = [isa.name for isa in instruction_sets()]
 SHAPES = [(1, 1), (64, 64), (65, 400), (1, 400), (100, 463), (700, 700), (500, 1203)]
@@ -220,3 +220,20 @@ def test_every_row_of_the_tail_is_scored(impl: str) -> None:
         policy = Sale(sink=16, local=64, tau=0.5, row_stride=8, tail=tail)
         last = select_tiles(*paged.tensors, policy, impl=impl).row(0, 7).tolist()
         assert [key // 16 in last for key in looking.values()] == found
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_policies_are_followed_from_their_context_on(impl: str) -> None:
+    rows: list[AnyPolicy] = [
+        Static(sink=16, local=16),
+        Sale(sink=16, local=16, tau=0.5),
+        DENSE,
+        Mass(tile=64),
+    ]
+    for length, dense in ((399, [0, 1, 2, 3]), (400, [1, 2, 3]), (600, [2])):
+        table = PolicyTable(rows, [400, 500, 0, 500])
+        paged = make_paged([make_qkv(12, 300, length)])
+        tiles = select_tiles(*paged.tensors, table, impl=impl)
+        counts = zip(tiles.computed, tiles.causal, strict=True)
+        assert [h for h, (computed, causal) in enumerate(counts) if computed == causal] == dense
+        assert tiles.tile_sizes == (16, 16, 16, 64)

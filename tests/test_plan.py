@@ -95,11 +95,31 @@ def test_the_requests_of_one_step() -> None:
     starts = np.concatenate(([0], np.cumsum(rows)))
     plan = make_plan(starts, context, min_query_tokens=64, min_prompt_tokens=2048)
     assert plan == Plan(
-        sparse=[3, 5],
+        core=[3, 5],
         sparse_tokens=264,
         dense=[Run(0, 3, 0, 128), Run(6, 8, 392, 394)],
         dense_tokens={
             DenseReason.DECODE: 3,
+            DenseReason.SHORT_QUERY: 63,
+            DenseReason.SHORT_CONTEXT: 64,
+        },
+    )
+    assert plan.tokens == sum(rows)
+
+
+def test_short_contexts_that_the_core_computes() -> None:
+    #         decode, short query, below core_from, kept, sparse
+    rows = [1, 63, 64, 64, 64]
+    context = [9000, 300, 255, 256, 2048]
+    starts = np.concatenate(([0], np.cumsum(rows)))
+    plan = make_plan(starts, context, min_query_tokens=64, min_prompt_tokens=2048, core_from=256)
+    assert plan == Plan(
+        core=[3, 4],
+        sparse_tokens=64,
+        kept_tokens=64,
+        dense=[Run(0, 3, 0, 128)],
+        dense_tokens={
+            DenseReason.DECODE: 1,
             DenseReason.SHORT_QUERY: 63,
             DenseReason.SHORT_CONTEXT: 64,
         },
@@ -116,13 +136,13 @@ def test_what_is_told_of_a_request_counts_more_than_its_rows(
         [0, 100, 101], [500, 501], min_query_tokens=1, min_prompt_tokens=1,
         prefilling=[prefilling] * 2,
     )  # fmt: skip
-    assert plan.sparse == ([0, 1] if reason is None else [])
+    assert plan.core == ([0, 1] if reason is None else [])
     assert plan.dense_tokens == ({} if reason is None else {reason: 101})
 
 
 def test_without_sparse_requests_nothing_is_cut_up() -> None:
     plan = make_plan([0, 1, 51], [100, 50], min_query_tokens=64, min_prompt_tokens=2048)
-    assert not plan.sparse
+    assert not plan.core
     assert plan.dense == []
     assert plan.dense_tokens == {DenseReason.DECODE: 1, DenseReason.SHORT_QUERY: 50}
     assert make_plan([0], [], min_query_tokens=64, min_prompt_tokens=1) == Plan()
@@ -158,7 +178,7 @@ def test_every_row_is_in_exactly_one_place(requests: list[Request], told: bool) 
     plan = plan_of(requests, told)
     starts = np.concatenate(([0], np.cumsum([rows for rows, *_ in requests]))).astype(int)
     places = np.zeros(starts[-1], dtype=int)
-    for r in plan.sparse:
+    for r in plan.core:
         places[starts[r] : starts[r + 1]] += 1
     assert plan.sparse_tokens == places.sum()
     for run in plan.dense:
@@ -166,12 +186,12 @@ def test_every_row_is_in_exactly_one_place(requests: list[Request], told: bool) 
         assert run.start < run.stop
         places[run.start : run.stop] += 1
     assert plan.tokens == starts[-1]
-    if plan.sparse:
+    if plan.core:
         assert (places == 1).all()
-        assert plan.sparse == sorted(set(plan.sparse))
+        assert plan.core == sorted(set(plan.core))
         # Runs are as long as they can be: something sparse lies between two of them.
         for left, right in zip(plan.dense, plan.dense[1:], strict=False):
-            assert any(left.last <= r < right.first for r in plan.sparse)
+            assert any(left.last <= r < right.first for r in plan.core)
     else:
         assert plan.dense == []
 
@@ -181,7 +201,7 @@ def test_every_row_is_in_exactly_one_place(requests: list[Request], told: bool) 
 def test_a_decision_depends_on_its_request_alone(requests: list[Request], told: bool) -> None:
     alone = [plan_of([request], told) for request in requests]
     together = plan_of(requests, told)
-    assert together.sparse == [r for r, plan in enumerate(alone) if plan.sparse]
+    assert together.core == [r for r, plan in enumerate(alone) if plan.core]
     for reason in REQUEST_REASONS:
         wanted = sum(plan.dense_tokens.get(reason, 0) for plan in alone)
         assert together.dense_tokens.get(reason, 0) == wanted

@@ -31,6 +31,7 @@ pytestmark = needs_core
 
 SECTION: dict[str, Any] = {
     "min_prompt_tokens": 512,
+    "dense_core": False,  # or which prompts are CPU_ATTN's would depend on the machine
     # Keeps everything, or answers would depend on how the scheduler happens to cut the prompts.
     "policy": {"selector": "sale", "tau": 0.0},
 }

@@ -42,6 +42,11 @@ class SparseConfig(BaseModel):
     min_query_tokens: int = Field(
         default=64, ge=1, description="a step of fewer query tokens of a request is dense"
     )
+    dense_core: bool = Field(
+        default=True,
+        description="contexts too short to be sparse are computed by this package's core, every "
+        "tile kept, where that is faster than CPU_ATTN; false: all that is dense is CPU_ATTN's",
+    )
     cpu_isa: str | None = Field(
         default=None, min_length=1, description="force an instruction set of the CPU core"
     )

@@ -131,6 +131,10 @@ class Profile(_Part):
         rest = heads.get(ALL_HEADS, self.defaults)
         return [heads.get(str(head), rest) for head in range(self.model.num_heads)]
 
+    def kinds(self) -> set[Policy]:
+        """Every policy that some head follows."""
+        return {policy for n in range(self.model.num_layers) for policy in self.for_layer(n)}
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the file, whole or not at all."""
         target = Path(path)

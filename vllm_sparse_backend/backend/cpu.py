@@ -44,7 +44,7 @@ class SparsePrefillCPUBackend(CPUAttentionBackend):
 
 
 class SparsePrefillCPUImpl(CPUAttentionBackendImpl):
-    """The attention of one layer. Dense unless told otherwise by the layer's builder."""
+    """The attention of one layer. CPU_ATTN's unless told otherwise by the layer's builder."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -66,7 +66,7 @@ class SparsePrefillCPUImpl(CPUAttentionBackendImpl):
 
     def run_sparse(self, worker: Worker, layer_name: str) -> None:
         """Follow the steps' plans from now on, under the policies of this layer."""
-        self._sparse = worker, worker.policies(layer_name, self.num_heads)
+        self._sparse = worker, worker.policies(layer_name, self.num_heads, self.head_size)
 
     def forward(
         self,
@@ -113,7 +113,7 @@ class SparsePrefillCPUImpl(CPUAttentionBackendImpl):
             mixed.seq_lens,
             policies,
             scale=self.scale,
-            requests=mixed.plan.sparse,
+            requests=mixed.plan.core,
             kv_layout=layer.isa,
             out=output,
         )

@@ -37,8 +37,8 @@ KINDS: dict[type[Any], DenseReason] = {
 
 @dataclass(kw_only=True)
 class MixedMetadata(CPUAttentionMetadata):
-    """Of a step in which some requests are sparse. A step in which none is has the base
-    backend's metadata, untouched."""
+    """Of a step in which our core computes some requests. A step in which it computes none has
+    the base backend's metadata, untouched."""
 
     plan: Plan
     parts: list[tuple[slice, CPUAttentionMetadata]]  # rows of each dense run, and how to do them
@@ -72,6 +72,7 @@ class SparsePrefillCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         for name, reason in reasons.items():
             if reason is None:
                 layers[name].impl.run_sparse(self._worker, name)
+        self._core_from = self._worker.core_from(self.num_heads, self.head_dim, self.isa)
         self._open_layers = sum(reason is None for reason in reasons.values())
         self._dense_layers = Counter(reason for reason in reasons.values() if reason)
 
@@ -81,7 +82,7 @@ class SparsePrefillCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> CPUAttentionMetadata:
-        """The base backend's metadata, or a `MixedMetadata` if a request is sparse."""
+        """The base backend's metadata, or a `MixedMetadata` if our core has a share."""
         common = common_attn_metadata
 
         def base(some: CommonAttentionMetadata) -> CPUAttentionMetadata:
@@ -102,9 +103,10 @@ class SparsePrefillCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             common.seq_lens.numpy(),
             min_query_tokens=config.min_query_tokens,
             min_prompt_tokens=config.min_prompt_tokens,
+            core_from=self._core_from,
             prefilling=None if common.is_prefilling is None else common.is_prefilling.numpy(),
         )
-        if not plan.sparse:
+        if not plan.core:
             self._worker.count_plan(plan, self._open_layers)
             return base(common)
         return MixedMetadata(

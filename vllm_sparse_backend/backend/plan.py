@@ -110,15 +110,16 @@ class Run(NamedTuple):
 class Plan:
     """Where the requests of one step go, in layers that can be sparse."""
 
-    sparse: list[int] = field(default_factory=list)  # requests, ascending
+    core: list[int] = field(default_factory=list)  # requests that our core computes, ascending
     sparse_tokens: int = 0
-    dense: list[Run] = field(default_factory=list)  # ascending; empty if nothing is sparse
+    kept_tokens: int = 0  # of those with too short a context: every tile is kept
+    dense: list[Run] = field(default_factory=list)  # ascending; empty if `core` is
     dense_tokens: dict[DenseReason, int] = field(default_factory=dict)  # only what occurs
 
     @property
     def tokens(self) -> int:
         """Query tokens of the step, padding left out."""
-        return self.sparse_tokens + sum(self.dense_tokens.values())
+        return self.sparse_tokens + self.kept_tokens + sum(self.dense_tokens.values())
 
 
 def make_plan(
@@ -127,6 +128,7 @@ def make_plan(
     *,
     min_query_tokens: int,
     min_prompt_tokens: int,
+    core_from: int | None = None,
     prefilling: Sequence[bool] | npt.NDArray[np.bool_] | None = None,
 ) -> Plan:
     """Decide for each of R requests.
@@ -136,8 +138,9 @@ def make_plan(
     are of the prompt (without it, a single token is taken for decode).
 
     A request is sparse from ``min_query_tokens`` query tokens and ``min_prompt_tokens``
-    tokens of context on. Requests without rows are padding and go nowhere. The decision
-    about a request depends on this request alone.
+    tokens of context on. With ``core_from`` our core computes it from so many tokens of context
+    on, keeping every tile while it is not sparse. Requests without rows are padding and go
+    nowhere. The decision about a request depends on this request alone.
     """
     starts = np.asarray(query_start_loc)
     context = np.asarray(seq_lens)
@@ -145,20 +148,24 @@ def make_plan(
     decode = rows == 1 if prefilling is None else ~np.asarray(prefilling, dtype=bool)
     short = rows < min_query_tokens
     sparse = ~decode & ~short & (context >= min_prompt_tokens)
+    core = sparse.copy()
+    if core_from is not None:
+        core |= ~decode & ~short & (context >= core_from)
     reasons = {
         DenseReason.DECODE: decode,
         DenseReason.SHORT_QUERY: ~decode & short,
-        DenseReason.SHORT_CONTEXT: ~decode & ~short & ~sparse,
+        DenseReason.SHORT_CONTEXT: ~decode & ~short & ~core,
     }
     dense_tokens = {
         reason: tokens for reason, these in reasons.items() if (tokens := int(rows[these].sum()))
     }
-    if not sparse.any():
+    if not core.any():
         return Plan(dense_tokens=dense_tokens)
     return Plan(
-        sparse=np.flatnonzero(sparse).tolist(),
+        core=np.flatnonzero(core).tolist(),
         sparse_tokens=int(rows[sparse].sum()),
-        dense=_runs(starts, ~sparse),
+        kept_tokens=int(rows[core & ~sparse].sum()),
+        dense=_runs(starts, ~core),
         dense_tokens=dense_tokens,
     )
 

@@ -20,9 +20,10 @@ from vllm_sparse_backend.backend import expect
 from vllm_sparse_backend.backend.plan import Capabilities
 from vllm_sparse_backend.config import SparseConfig, load_config, session_directory
 from vllm_sparse_backend.errors import ConfigError, SparsePrefillError, describe, hide_traceback
+from vllm_sparse_backend.ops.cpu import cost
 from vllm_sparse_backend.profile import ModelFacts, Profile, load_profile
 from vllm_sparse_backend.profiles import shipped_for
-from vllm_sparse_backend.selection import UNIFORM_DEFAULT, Policy
+from vllm_sparse_backend.selection import UNIFORM_DEFAULT, Policy, keeps_all
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -134,6 +135,11 @@ def warnings(setup: Setup, vllm_config: VllmConfig) -> list[str]:
     if None not in reasons:
         counted = ", ".join(sorted({str(reason) for reason in reasons}))
         said.append(f"every layer of this model will be computed dense: {counted}")
+    if slow := _never_pays(setup, vllm_config.model_config.get_head_size()):
+        said.append(
+            f"these policies are never faster than keeping every tile with {setup.isa}, so their "
+            f"heads keep all: {slow}"
+        )
     if vllm_config.model_config.max_model_len < setup.config.min_prompt_tokens:
         said.append(
             f"every request will be computed dense: max_model_len is "
@@ -173,6 +179,19 @@ def _use_isa(config: SparseConfig) -> str:
         raise SparsePrefillError(str(error)) from None
     except ValueError as error:
         raise ConfigError(str(error)) from None
+
+
+def _never_pays(setup: Setup, head_dim: int) -> str:
+    """The sparse policies that the cost model sees no length for, in a few words."""
+    profile = setup.profile
+    policies = {setup.uniform} if profile is None else profile.kinds()
+    return "; ".join(
+        sorted(
+            _brief(policy)
+            for policy in policies
+            if cost.sparse_wins_from(setup.isa, policy, head_dim) is None and not keeps_all(policy)
+        )
+    )
 
 
 def _brief(policy: Policy) -> str:

@@ -11,8 +11,10 @@ from vllm_sparse_backend.errors import ProfileMismatch
 from vllm_sparse_backend.metrics import Counters, counters, open_session
 from vllm_sparse_backend.metrics.prometheus import mirror_if_needed
 from vllm_sparse_backend.ops import AttentionStats, PolicyTable
+from vllm_sparse_backend.ops.cpu import cost
 from vllm_sparse_backend.ops.tiles import SUBTILE
 from vllm_sparse_backend.profile import local_heads
+from vllm_sparse_backend.selection import AnyPolicy
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -29,21 +31,40 @@ class Worker:
         # Ranks that share a layer's heads see the same tokens, but each its own tiles.
         self._counts_tokens = tp_rank == 0
 
-    def policies(self, layer_name: str, num_heads: int) -> PolicyTable:
+    def policies(self, layer_name: str, num_heads: int, head_dim: int) -> PolicyTable:
         """The policies of a layer's ``num_heads`` q heads on this rank.
 
         Raises SparsePrefillError where the profile cannot be applied to the layer.
         """
+        policies = self._policies(layer_name, num_heads)
+        # A head's policy costs more than keeping all while little lies beyond its window.
+        never = 2**31 - 1
+        least = self.setup.config.min_prompt_tokens
+        wins = [cost.sparse_wins_from(self.setup.isa, policy, head_dim) for policy in policies]
+        return PolicyTable(
+            policies, [never if tokens is None else max(least, tokens) for tokens in wins]
+        )
+
+    def _policies(self, layer_name: str, num_heads: int) -> list[AnyPolicy]:
         profile = self.setup.profile
         if profile is None:
-            return PolicyTable.build(self.setup.uniform, num_heads)
+            return [self.setup.uniform] * num_heads
         layer = compat.layer_index(layer_name)
         try:
-            return PolicyTable(local_heads(profile.for_layer(layer), self.tp_rank, num_heads))
+            return local_heads(profile.for_layer(layer), self.tp_rank, num_heads)
         except ValueError as error:
             raise ProfileMismatch(
                 f"profile {profile.name!r} does not fit layer {layer_name}: {error}"
             ) from None
+
+    def core_from(self, num_heads: int, head_dim: int, kv_layout: str) -> int | None:
+        """The context from which on the core computes prompts that are not sparse; None: never."""
+        # With the amx layout CPU_ATTN multiplies by tiles, which the core does not: nobody has
+        # compared the two yet.
+        config = self.setup.config
+        if not (config.enabled and config.dense_core) or kv_layout == "amx":
+            return None
+        return cost.core_wins_from(self.setup.isa, num_heads, head_dim)
 
     def count_dense(self, reason: DenseReason, layer_tokens: int) -> None:
         """Tokens times layers that the base backend computes."""
@@ -56,6 +77,8 @@ class Worker:
             return
         if plan.sparse_tokens:
             self.counters.add(counters.SPARSE, plan.sparse_tokens * layers)
+        if plan.kept_tokens:
+            self.counters.add(counters.KEPT, plan.kept_tokens * layers)
         for reason, tokens in plan.dense_tokens.items():
             self.counters.add(counters.dense(reason), tokens * layers)
 

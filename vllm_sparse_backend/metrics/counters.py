@@ -31,6 +31,7 @@ LAYER_TOKENS = "layer_tokens"
 TILES = "tiles"
 SECONDS = "seconds"
 SPARSE: Key = (LAYER_TOKENS, "sparse", "")
+KEPT: Key = (LAYER_TOKENS, "keep_all", "short_context")
 COMPUTED: Key = (TILES, "computed")
 CAUSAL: Key = (TILES, "causal")
 SELECT: Key = (SECONDS, "select")
@@ -53,7 +54,7 @@ class Counters:
         mirror: Mirror | None = None,
     ) -> None:
         """Create the file in ``directory``. ``info``: the labels of the info metric."""
-        keys = [SPARSE, *map(dense, reasons), COMPUTED, CAUSAL, SELECT, ATTEND]
+        keys = [SPARSE, KEPT, *map(dense, reasons), COMPUTED, CAUSAL, SELECT, ATTEND]
         header = json.dumps({"info": dict(info), "slots": keys}).encode()
         if len(header) > HEADER_BYTES:
             raise ValueError(f"header: want at most {HEADER_BYTES} bytes, got {len(header)}")
@@ -96,8 +97,8 @@ class Totals:
             return "no tokens were computed"
         sparse = tokens.pop(("sparse", ""), 0)
         reasons = ", ".join(
-            f"{reason} {share / everything:.1%}"
-            for (_, reason), share in sorted(tokens.items(), key=lambda item: -item[1])
+            f"{reason if path == 'dense' else path} {share / everything:.1%}"
+            for (path, reason), share in sorted(tokens.items(), key=lambda item: -item[1])
         )
         line = f"{sparse / everything:.1%} of {everything} layer tokens sparse"
         if causal := self.values.get(CAUSAL):

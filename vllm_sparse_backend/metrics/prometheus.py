@@ -22,16 +22,17 @@ NAMESPACE = "vllm:sparse_prefill_"
 METRICS = {  # name: labels, help
     LAYER_TOKENS: (
         ("path", "reason"),
-        "Query tokens times layers, by the path that computed them and the reason if dense.",
+        "Query tokens times layers, by the path that computed them (sparse; keep_all: by the same "
+        "core, every tile kept; dense: by vLLM's own backend) and the reason if not sparse.",
     ),
     TILES: (
         ("kind",),
-        "Key tiles of 16 times query heads of sparse attention: computed, and causal, which "
+        "Key tiles of 16 times query heads of the core's attention: computed, and causal, which "
         "is what dense attention would have computed.",
     ),
     SECONDS: (
         ("phase",),
-        "Seconds in sparse attention, summed over threads: selecting tiles, attending to them.",
+        "Seconds in the core's attention, summed over threads: selecting tiles, attending to them.",
     ),
 }
 INFO = ("info", "What is served sparsely: instruction set, profile and its digest, version; 1.")

@@ -160,7 +160,7 @@ def select_tiles(
     rows = slice(batch.starts[request], batch.starts[request + 1])
     if use_reference:
         k, _ = layout.unpack(kv_cache, block_table[request], seq_len, kv_layout)
-        return reference.select(q[rows], k, table.rows, scale)
+        return reference.select(q[rows], k, table.followed(seq_len), scale)
     checks.check_core_layout(q, kv_layout)
 
     from vllm_sparse_backend.ops.cpu import core
@@ -234,7 +234,7 @@ def _reference_into(
 ) -> AttentionStats:
     """One request through the reference, timed."""
     begin = time.perf_counter()
-    tiles = reference.select(q, k, table.rows, scale)
+    tiles = reference.select(q, k, table.followed(len(k)), scale)
     middle = time.perf_counter()
     out.copy_(reference.attend(q, k, v, tiles, scale))
     return AttentionStats(

@@ -3,34 +3,62 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
-from vllm_sparse_backend.selection import UNIFORM_DEFAULT, AnyPolicy, Dense, parse_policy
+from vllm_sparse_backend.selection import (
+    UNIFORM_DEFAULT,
+    AnyPolicy,
+    Dense,
+    Sale,
+    Tile,
+    parse_policy,
+)
 
-DENSE_TILE = 16  # what a dense head's tiles are counted in
+DENSE_TILE: Final = 16  # what a dense head's tiles are counted in
 
 OnePolicy: TypeAlias = AnyPolicy | Mapping[str, Any]
 AnyPolicies: TypeAlias = "PolicyTable | OnePolicy | Sequence[OnePolicy] | None"
 
 
-def tile_size(policy: AnyPolicy) -> int:
+def tile_size(policy: AnyPolicy) -> Tile:
     """Key tokens per tile under this policy."""
     return DENSE_TILE if isinstance(policy, Dense) else policy.tile
 
 
 class PolicyTable:
-    """A policy for each q head of a layer. Compares and hashes by identity."""
+    """A policy for each q head of a layer, and from which context on it is followed.
 
-    __slots__ = ("native", "rows")
+    ``dense_below``: a request with fewer tokens of context is computed with every tile kept; one
+    number per q head, none by default. Compares and hashes by identity.
+    """
 
-    def __init__(self, rows: Sequence[AnyPolicy]) -> None:
+    __slots__ = ("dense_below", "native", "rows")
+
+    def __init__(self, rows: Sequence[AnyPolicy], dense_below: Sequence[int] | None = None) -> None:
         self.rows = list(rows)  # one per q head
+        self.dense_below = [0] * len(self.rows) if dense_below is None else list(dense_below)
+        if len(self.dense_below) != len(self.rows):
+            raise ValueError(
+                f"dense_below: want one for each of {len(self.rows)} q heads, "
+                f"got {len(self.dense_below)}"
+            )
         self.native: object | None = None  # what a kernel made of the rows, for its next call
 
     @property
     def tile_sizes(self) -> tuple[int, ...]:
         """Key tokens per tile of each q head."""
         return tuple(tile_size(policy) for policy in self.rows)
+
+    def followed(self, seq_len: int) -> list[AnyPolicy]:
+        """What each head does for a request with so many tokens of context.
+
+        Where a policy is not followed yet, one that keeps everything stands for it, with the
+        same tiles.
+        """
+        return [
+            policy if seq_len >= least else Sale(tau=0, tile=tile_size(policy))
+            for policy, least in zip(self.rows, self.dense_below, strict=True)
+        ]
 
     @classmethod
     def build(cls, policies: AnyPolicies, num_heads: int) -> PolicyTable:

@@ -9,6 +9,8 @@ from vllm_sparse_backend.selection.policy import (
     Policy,
     Sale,
     Static,
+    Tile,
+    keeps_all,
     parse_policy,
 )
 
@@ -21,5 +23,7 @@ __all__ = [
     "Policy",
     "Sale",
     "Static",
+    "Tile",
+    "keeps_all",
     "parse_policy",
 ]

@@ -100,6 +100,11 @@ DENSE = Dense()
 UNIFORM_DEFAULT = Sale()
 
 
+def keeps_all(policy: AnyPolicy) -> bool:
+    """Whether a policy computes every tile whatever the scores."""
+    return isinstance(policy, Dense) or (isinstance(policy, Sale | Mass) and policy.tau == 0)
+
+
 def parse_policy(value: AnyPolicy | dict[str, object]) -> AnyPolicy:
     """A policy from itself or its dict. Raises ``pydantic.ValidationError`` (a ValueError)."""
     return _ADAPTER.validate_python(value)

@@ -25,7 +25,7 @@ HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
 KV_LAYOUTS = ("vec", "vec16", "amx")
 DTYPES = ("bfloat16", "float16", "float32")
 
-_ABI = 3
+_ABI = 4
 _LAYOUT = {"vec": 0, "vec16": 0, "amx": 1}
 _DTYPE = {name: i for i, name in enumerate(DTYPES)}
 _LIST = 3  # the selector that takes its tiles from the caller
@@ -44,6 +44,7 @@ class _Policy(ctypes.Structure):
         ("bits", ctypes.c_int32),
         ("row_stride", ctypes.c_int32),
         ("tail", ctypes.c_int32),
+        ("dense_below", ctypes.c_int32),
         ("tau", ctypes.c_float),
         ("growth", ctypes.c_double),
     )
@@ -179,7 +180,8 @@ def peak() -> dict[str, float]:
 def _native_policies(table: PolicyTable) -> ctypes.Array[_Policy]:
     if table.native is None:
         rows = (_Policy * len(table.rows))()
-        for row, policy in zip(rows, table.rows, strict=True):
+        for row, policy, dense_below in zip(rows, table.rows, table.dense_below, strict=True):
+            row.dense_below = dense_below
             match policy:
                 case Dense():
                     row.selector, row.tile = 0, 16

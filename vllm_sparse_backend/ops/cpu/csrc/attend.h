@@ -208,7 +208,7 @@ void attend(const VsbProblem &p, const KvHead &kv, int32_t q_block, char *scratc
           if (p.list_tiles[i] * per_tile + j < subs) h.keep[p.list_tiles[i] * per_tile + j] = 1;
       h.window = {0, 0, subs};
     } else {
-      h.window = window_of(policy, a0, end);
+      h.window = window_of(policy, request.seq_len, a0, end);
       memset(h.keep, 1, h.window.sink);
       memset(h.keep + h.window.local, 1, subs - h.window.local);
     }

@@ -97,8 +97,8 @@ struct Memory {
 
 constexpr int kCodeBits[3] = {8, 6, 4};  // of KvHead::codes
 
-bool needs_codes(const VsbPolicy &p, int bits) {
-  return (p.selector == VSB_SALE || p.selector == VSB_MASS) && p.tau > 0 && p.bits == bits;
+bool needs_codes(const VsbPolicy &p, int32_t seq_len, int bits) {
+  return is_followed(p, seq_len) && is_scored(p) && p.tau > 0 && p.bits == bits;
 }
 
 // Lays one kv head's codes out in memory; with a null base only counts.
@@ -109,8 +109,8 @@ KvHead lay_out(const VsbProblem &p, const VsbRequest &request, int32_t head, Mem
   KvHead kv = {&request, head, nullptr, nullptr, {}};
   const VsbPolicy *policies = p.policies + head * group;
   for (int i = 0; i < 3; i++) {
-    const bool needed = std::any_of(policies, policies + group, [i](const VsbPolicy &policy) {
-      return needs_codes(policy, kCodeBits[i]);
+    const bool needed = std::any_of(policies, policies + group, [&](const VsbPolicy &policy) {
+      return needs_codes(policy, request.seq_len, kCodeBits[i]);
     });
     if (!needed) continue;
     if (!kv.mean) {
@@ -245,7 +245,7 @@ void forward(const VsbProblem &p, const Kernels &k) {
 
 extern "C" {
 
-int32_t vsb_abi(void) { return 3; }
+int32_t vsb_abi(void) { return 4; }
 
 const char *vsb_isas(void) {
   static const std::string names = [] {

@@ -25,6 +25,7 @@ struct VsbPolicy {
   int32_t sink, local;
   int32_t bits;  // 4, 6 or 8
   int32_t row_stride, tail;
+  int32_t dense_below;  // tokens of context from which on the policy is followed
   float tau;
   double growth;
 };

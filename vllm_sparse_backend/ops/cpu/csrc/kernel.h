@@ -38,6 +38,13 @@ struct Kernels {
   void (*peak)(double *gops);
 };
 
+inline bool is_scored(const VsbPolicy &policy) {
+  return policy.selector == VSB_SALE || policy.selector == VSB_MASS;
+}
+inline bool is_followed(const VsbPolicy &policy, int32_t seq_len) {
+  return seq_len >= policy.dense_below;
+}
+
 inline int32_t ceil_div(int32_t a, int32_t b) { return (a + b - 1) / b; }
 inline int32_t smaller(int32_t a, int32_t b) { return a < b ? a : b; }
 inline int32_t larger(int32_t a, int32_t b) { return a > b ? a : b; }

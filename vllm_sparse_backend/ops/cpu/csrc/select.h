@@ -12,13 +12,10 @@ struct Window {
   int32_t sink, local, subs;
 };
 
-inline bool is_scored(const VsbPolicy &policy) {
-  return policy.selector == VSB_SALE || policy.selector == VSB_MASS;
-}
-
-inline Window window_of(const VsbPolicy &policy, int32_t a0, int32_t end) {
+inline Window window_of(const VsbPolicy &policy, int32_t seq_len, int32_t a0, int32_t end) {
   const int32_t subs = ceil_div(end, kSub), per_tile = policy.tile / kSub;
-  if (policy.selector == VSB_DENSE || (is_scored(policy) && policy.tau == 0))
+  if (policy.selector == VSB_DENSE || (is_scored(policy) && policy.tau == 0) ||
+      !is_followed(policy, seq_len))
     return {subs, subs, subs};
   int32_t local = policy.local;
   if (policy.selector == VSB_STATIC) local += (int32_t)(policy.growth * (double)end);
