@@ -138,9 +138,11 @@ void attend_kept(const VsbProblem &p, const KvHead &kv, const Shared &s, int gro
     for (; sub < subs && n < kBatchTiles; sub++) {
       bool wanted = false;
       for (int g = 0; g < group; g++) wanted |= s.heads[g].keep[sub];
-      if (!wanted) continue;
-      packed[n] = pack_tile<C, T>(p, kv, sub, s.packed + (int64_t)n * 2 * kSub * p.head_dim);
-      subs_of[n++] = sub;
+      if (wanted) subs_of[n++] = sub;
+    }
+    for (int i = 0; i < n; i++) {
+      if (i + 1 < n) prefetch_tile<T>(p, kv, subs_of[i + 1]);
+      packed[i] = pack_tile<C, T>(p, kv, subs_of[i], s.packed + (int64_t)i * 2 * kSub * p.head_dim);
     }
     for (int g = 0; g < group; g++) {
       Tile panel[kPanelTiles];

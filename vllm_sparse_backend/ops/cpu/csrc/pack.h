@@ -33,6 +33,21 @@ VSB_INLINE TileAddress<T> tile_address(const VsbProblem &p, const KvHead &kv, in
           smaller(kSub, kv.request->seq_len - first)};
 }
 
+// A tile's lines lie a page's row apart, which no hardware prefetcher follows for so short a run.
+template <class T>
+VSB_INLINE void prefetch_tile(const VsbProblem &p, const KvHead &kv, int32_t sub) {
+  const TileAddress<T> at = tile_address<T>(p, kv, sub);
+  const int D = p.head_dim, N = p.page_size;
+  constexpr int kLine = 64 / sizeof(T);
+  if (p.layout == VSB_VEC) {
+    for (int d = 0; d < D; d++)
+      for (int n = 0; n < kSub; n += kLine)
+        __builtin_prefetch(at.keys + (int64_t)d * N + at.n0 + n);
+    for (int i = 0; i < kSub * D; i += kLine)
+      __builtin_prefetch(at.values + (int64_t)at.n0 * D + i);
+  }
+}
+
 // Floats: a word is one channel (keys) or one key (values).
 struct Floats {
   static constexpr int kPerWord = 1;
