@@ -81,8 +81,9 @@ Buffer shared_buffer;                // codes of the keys; guarded by `running`
 thread_local Buffer thread_scratch;  // of one work item
 std::mutex running;
 
-// Codes are kept for as many kv heads at once as fit in here (at least one).
-constexpr int64_t kCodeBytes = 64 << 20;
+// Codes are kept for as many kv heads at once as fit in here for each thread (at least one head:
+// 18 MB at 128K tokens and head_dim 128). More threads need more heads to share out.
+constexpr int64_t kCodeBytesPerThread = 16 << 20;
 
 struct Memory {
   char *base;
@@ -221,6 +222,7 @@ void forward(const VsbProblem &p, const Kernels &k) {
   int32_t longest = 0;
   for (int32_t r = 0; r < p.num_requests; r++) longest = std::max(longest, p.requests[r].seq_len);
   const int64_t scratch_bytes = k.scratch_bytes(p, longest);
+  const int64_t code_bytes = kCodeBytesPerThread * omp_get_max_threads();
   const int32_t pairs = p.num_requests * p.num_kv_heads;
   for (int32_t at = 0; at < pairs;) {
     // As many kv heads as the memory for codes allows, laid out first on paper.
@@ -229,7 +231,7 @@ void forward(const VsbProblem &p, const Kernels &k) {
     do {
       lay_out(p, p.requests[stop / p.num_kv_heads], stop % p.num_kv_heads, counter);
       stop++;
-    } while (stop < pairs && counter.used < kCodeBytes);
+    } while (stop < pairs && counter.used < code_bytes);
     Memory memory{shared_buffer.at_least(counter.used + 64)};
     Wave wave;
     for (; at < stop; at++)
