@@ -47,8 +47,9 @@ from vllm_sparse_backend.selection import DENSE, UNIFORM_DEFAULT, parse_policy
 
 ATTENTION = "sparse_prefill"  # its name in transformers
 DEPTHS = tuple(tenth / 10 for tenth in range(11))
-LOGIT_ROWS = 512  # at a time: each is 49,152 floats
+ROWS = 512  # of logits at a time: each is 49,152 floats
 WORST = 0.01  # share of the tokens
+RANGE: Any = {"min": 256, "max": SCALED_POSITIONS}  # of lengths
 Encode: TypeAlias = Callable[[str], list[int]]  # without special tokens
 Task = StrEnum("Task", ["CODE", "DOCS", "COPY", "NEEDLES"])
 
@@ -104,17 +105,16 @@ class Reader:
         self._model: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, attn_implementation=ATTENTION, **_scaling(positions)
         ).eval()
-        self._chunk = chunk
-        self._min_prompt = min_prompt
+        self._chunk, self._min_prompt = chunk, min_prompt
 
     @torch.inference_mode()
     def read(self, document: Document, policy: Any, reading: Reading) -> None:
         """Add `document`, read under `policy`, to `reading`."""
         from transformers import DynamicCache
 
-        config = self._model.config
-        sparse, dense = (PolicyTable.build(p, config.num_attention_heads) for p in (policy, DENSE))
-        cache = DynamicCache(config=config)
+        heads = self._model.config.num_attention_heads
+        sparse, dense = (PolicyTable.build(p, heads) for p in (policy, DENSE))
+        cache = DynamicCache()
         hidden = []
         edges = [*range(0, document.prompt, self._chunk), document.prompt, len(document.ids)]
         for start, end in itertools.pairwise(dict.fromkeys(edges)):
@@ -134,8 +134,7 @@ class Reader:
     def _score(self, hidden: torch.Tensor, ids: list[int]) -> tuple[torch.Tensor, bool]:
         """The losses of `ids`, and whether each of them was the likeliest token."""
         losses, hits = [], True
-        slices = (x.split(LOGIT_ROWS) for x in (hidden, torch.tensor(ids)))
-        for states, wanted in zip(*slices, strict=True):
+        for states, wanted in zip(hidden.split(ROWS), torch.tensor(ids).split(ROWS), strict=True):
             logits = self._model.lm_head(states)
             losses.append(torch.nn.functional.cross_entropy(logits, wanted, reduction="none"))
             hits &= bool((logits.argmax(-1) == wanted).all())
@@ -147,12 +146,11 @@ def _attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: None,
-    *,
+    *mask: Any,  # there is none: this attention is causal by itself
     policies: PolicyTable,
     reading: Reading,
     scaling: float,
-    **_: Any,
+    **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """As transformers calls it: query [1, Hq, T, D], key and value [1, Hkv, S, D], with RoPE."""
     q, k, v = (x[0].transpose(0, 1).bfloat16() for x in (query, key, value))
@@ -180,19 +178,15 @@ def make_documents(
 ) -> list[Document]:
     """`count` disjoint documents of `length` tokens; with needles, each of them at every depth."""
     rng = random.Random(f"{task} {seed}")
-    part = length // 2 if task is Task.COPY else length
-    ids: list[int] = []
-    for text in _sources(rng) if task is Task.CODE else _topics(rng):
-        ids += encode(text)
-        if len(ids) >= count * part:
-            break
-    else:
+    copies = 2 if task is Task.COPY else 1
+    part = length // copies
+    sources = map(encode, _sources(rng) if task is Task.CODE else _topics(rng))
+    ids = list(itertools.islice(itertools.chain.from_iterable(sources), count * part))
+    if len(ids) < count * part:
         raise typer.BadParameter(f"{task}: there are {len(ids)} tokens of it, want {count * part}")
-    texts = [ids[at : at + part] for at in range(0, count * part, part)]
+    texts = [ids[at : at + part] * copies for at in range(0, count * part, part)]
     if task is Task.NEEDLES:
         return [_hide(encode, text, depth, rng) for text in texts for depth in DEPTHS]
-    if task is Task.COPY:
-        texts = [text * 2 for text in texts]
     return [Document(text, len(text) // 2, len(text)) for text in texts]
 
 
@@ -200,7 +194,8 @@ def _hide(encode: Encode, text: list[int], depth: float, rng: random.Random) -> 
     """`text` with a needle at `depth`, its end replaced by the question and the answer."""
     needle = Needle(rng.choice(NAMES), "".join(rng.choices("123456789", k=DIGITS)), depth)
     planted = encode(f"\n\n{needle.sentence}\n\n")
-    question, answer = encode(needle.question), encode(f" {needle.answer}")
+    # With the space: the first digit is then prefill's to find, the others are decoding's.
+    question, answer = encode(f"{needle.question} "), encode(needle.answer)
     room = len(text) - len(planted) - len(question) - len(answer)
     at, prompt = round(depth * room), len(text) - len(answer)
     ids = [*text[:at], *planted, *text[at:room], *question, *answer]
@@ -208,9 +203,8 @@ def _hide(encode: Encode, text: list[int], depth: float, rng: random.Random) -> 
 
 
 def _sources(rng: random.Random) -> Iterator[str]:
-    library = Path(sysconfig.get_path("stdlib"))
     for name in rng.sample(names := MODULES.split(), len(names)):
-        if (path := library / f"{name}.py").is_file():
+        if (path := Path(sysconfig.get_path("stdlib"), f"{name}.py")).is_file():
             yield f"# {name}.py\n\n{path.read_text(encoding='utf-8')}\n\n"
 
 
@@ -229,7 +223,7 @@ def judge(task: Task, length: int, policy: Any, reading: Reading, dense: Reading
     growth = [ours - its for ours, its in zip(reading.losses, dense.losses, strict=True)]
     every, means = torch.cat(growth), [float(document.mean()) for document in growth]
     ratio = math.exp(float(every.mean()))
-    error = stdev(means) / math.sqrt(len(means)) if len(means) > 1 else None
+    error = 100 * ratio * stdev(means) / math.sqrt(len(means)) if len(means) > 1 else None
     return Case(
         task=task,
         length=length,
@@ -237,7 +231,7 @@ def judge(task: Task, length: int, policy: Any, reading: Reading, dense: Reading
         density=reading.computed / reading.causal,
         perplexity=math.exp(float(torch.cat(reading.losses).mean())),
         change_percent=100 * (ratio - 1),
-        error_percent=100 * ratio * error if error is not None else None,
+        error_percent=error,
         worst_nats=float(every.topk(math.ceil(WORST * len(every))).values.mean()),
         found=sum(reading.found),
         asked=len(reading.found),
@@ -275,9 +269,9 @@ def _policy(text: str) -> Any:
 def main(
     policy: Annotated[list[Any] | None, typer.Option(parser=_policy, help="JSON; repeat.")] = None,
     task: Annotated[list[Task] | None, typer.Option(help="All unless given; repeat.")] = None,
-    length: Annotated[int, typer.Option(max=SCALED_POSITIONS, help="Tokens of a document.")] = 8192,
-    needle_length: Annotated[int, typer.Option(max=SCALED_POSITIONS, help="With needle.")] = 4096,
-    documents: Annotated[int, typer.Option(min=1, help="A task; 11 needles in each.")] = 3,
+    length: Annotated[int, typer.Option(**RANGE, help="Tokens of a document.")] = 8192,
+    needle_length: Annotated[int, typer.Option(**RANGE, help="Of those with needles.")] = 4096,
+    documents: Annotated[int, typer.Option(min=1, help="Of each task.")] = 3,
     chunk: Annotated[int, typer.Option(help="Tokens of a step.")] = 2048,
     min_prompt: Annotated[int, typer.Option(help="Shorter contexts are dense.")] = 2048,
     seed: Annotated[int, typer.Option(help="Another gives other texts.")] = 0,
@@ -285,10 +279,9 @@ def main(
 ) -> None:
     """What policies lose against dense attention: perplexity, copying, needles."""
     policies = [DENSE, *(policy or [UNIFORM_DEFAULT])]
-    done: list[Case] = []
+    done: list[dict[str, Any]] = []
     tasks = {each: needle_length if each is Task.NEEDLES else length for each in task or Task}
-    # One RoPE for all, as of a server that takes the longest of them.
-    reader = Reader(max(tasks.values()), chunk, min_prompt)
+    reader = Reader(max(tasks.values()), chunk, min_prompt)  # one RoPE for all, as of a server
     for each, tokens in tasks.items():
         texts = make_documents(reader.encode, each, tokens, documents, seed)
         pairs = [(its, Reading()) for its in policies]
@@ -297,10 +290,9 @@ def main(
             reader.read(text, its, reading)
         cases = [judge(each, tokens, its, reading, pairs[0][1]) for its, reading in pairs]
         show(each, cases, policies)
-        done += cases
+        done += [case.model_dump() for case in cases]
         if as_json:
-            made: dict[str, Any] = {"isa": core.active_isa(), "arguments": sys.argv[1:]}
-            made["cases"] = [case.model_dump() for case in done]
+            made = {"isa": core.active_isa(), "arguments": sys.argv[1:], "cases": done}
             as_json.write_text(json.dumps(made, indent=2) + "\n")
 
 

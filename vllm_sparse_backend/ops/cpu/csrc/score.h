@@ -88,9 +88,7 @@ struct PeakRule {
   VSB_INLINE void restart() {
     for (int v = 0; v < kRowVectors; v++) most[v] = splat((int32_t)INT32_MIN);
   }
-  VSB_INLINE void add(int v, vi product, vf, vf) {
-    most[v] = product > most[v] ? product : most[v];
-  }
+  VSB_INLINE void add(int v, vi product, vf, vf) { most[v] = max(product, most[v]); }
   VSB_INLINE void end_sub(int v, vf scale, vf offset) {
     hit[v] |= ~(__builtin_convertvector(most[v], vf) * scale + offset <= splat(kOne));
     most[v] = splat((int32_t)INT32_MIN);

@@ -40,8 +40,20 @@ VSB_INLINE void store_as(T *p, V v) {
 }
 VSB_INLINE vf splat(float x) { return x - vf{}; }
 VSB_INLINE vi splat(int32_t x) { return x - vi{}; }
+// With a NaN the result is b. GCC makes two instructions of the plain form.
+#if VSB_LANES == 8
+VSB_INLINE vf max(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
+VSB_INLINE vf min(vf a, vf b) { return (vf)_mm256_min_ps((__m256)a, (__m256)b); }
+VSB_INLINE vi max(vi a, vi b) { return (vi)_mm256_max_epi32((__m256i)a, (__m256i)b); }
+#elif defined(__AVX512F__)
+VSB_INLINE vf max(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
+VSB_INLINE vf min(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
+VSB_INLINE vi max(vi a, vi b) { return (vi)_mm512_max_epi32((__m512i)a, (__m512i)b); }
+#else
 VSB_INLINE vf max(vf a, vf b) { return a > b ? a : b; }
 VSB_INLINE vf min(vf a, vf b) { return a < b ? a : b; }
+VSB_INLINE vi max(vi a, vi b) { return a > b ? a : b; }
+#endif
 VSB_INLINE vf abs(vf a) { return (vf)((vi)a & 0x7fffffff); }
 
 // Lane i of the result is lane i ^ D of v.
