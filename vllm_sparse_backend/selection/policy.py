@@ -55,7 +55,7 @@ class _Scored(_Windowed):
     """
 
     tau: float = Field(default=0.002, ge=0.0, le=1.0)
-    bits: Literal[4, 6, 8] = 8
+    bits: Literal[4, 6, 8] = 6
     row_stride: Literal[1, 2, 4, 8] = Field(
         default=4, description="query rows per scored row; the paper of SALE scores every row"
     )

@@ -26,16 +26,17 @@ class Rates:
 
     attend: float  # keep-all
     base: float  # CPU_ATTN
-    score: float  # selectors' estimates, at 8 bits
+    score: float  # selectors' estimates, at 4 or 6 bits
+    score_8: float  # at 8
     call_seconds: float = 2e-4  # what a call costs however short, over one of CPU_ATTN
     block_seconds: float = 5e-6  # what selecting costs a head and q block, however few its keys
 
 
 RATES = {
-    "avx512_bf16": Rates(attend=300, base=160, score=450),
-    "avx512_vnni": Rates(attend=175, base=160, score=450),
-    "avx512": Rates(attend=175, base=160, score=200),
-    "avx2": Rates(attend=70, base=32, score=90),
+    "avx512_bf16": Rates(attend=300, base=160, score=450, score_8=450),
+    "avx512_vnni": Rates(attend=175, base=160, score=450, score_8=450),
+    "avx512": Rates(attend=175, base=160, score=400, score_8=200),
+    "avx2": Rates(attend=70, base=32, score=180, score_8=90),
 }
 
 
@@ -75,7 +76,8 @@ def sparse_wins_from(isa: str, policy: AnyPolicy, head_dim: int) -> int | None:
         return window if policy.growth < 1 else None
     rates = RATES[isa]
     key = 4 * head_dim * Q_BLOCK / rates.attend * 1e-9  # seconds to attend to it
-    score = 2 * head_dim * Q_BLOCK / policy.row_stride / rates.score * 1e-9
+    rate = rates.score_8 if policy.bits == 8 else rates.score
+    score = 2 * head_dim * Q_BLOCK / policy.row_stride / rate * 1e-9
     saved = (1 - EXPECTED_KEPT) * key - score
     return window + math.ceil(rates.block_seconds / saved) if saved > 0 else None
 
