@@ -103,7 +103,7 @@ class Reader:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         self.encode: Encode = partial(tokenizer.encode, add_special_tokens=False, verbose=False)
         self._model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation=ATTENTION, **_scaling(positions)
+            folder, dtype=torch.float32, attn_implementation=ATTENTION, **rope_options(positions)
         ).eval()
         self._chunk, self._min_prompt = chunk, min_prompt
 
@@ -163,7 +163,7 @@ def _attention(
     return out[None].to(query.dtype), None
 
 
-def _scaling(positions: int) -> dict[str, Any]:
+def rope_options(positions: int) -> dict[str, Any]:
     """RoPE as the demo's server has it: vLLM's `dynamic` is a larger theta, fixed at the start."""
     rope, dim = SCALING["rope_parameters"], 64
     if positions <= rope["max_trained_positions"]:

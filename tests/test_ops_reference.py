@@ -52,6 +52,8 @@ def scored_margins(
     offset, length = len(k) - len(q), len(k)
     key_max = {4: 7, 6: 31, 8: 127}[policy.bits]
     query_max = min(key_max, 63)
+    gaps = 64 // policy.row_stride - 1
+    sampled = {math.floor(i * 63 / gaps + 0.5) for i in range(gaps + 1)}
     mean = keys.mean(0).astype(np.float32)
 
     def integers(x: np.ndarray, peak: np.float32, most: int) -> tuple[np.ndarray, float]:
@@ -66,7 +68,8 @@ def scored_margins(
         end = min(start + 64, length)
         always = static_tiles(policy, start, end)
         for p in range(max(start, offset), end):
-            if (p + 1) % policy.row_stride and p < length - policy.tail and p != end - 1:
+            edge = p in (max(start, offset), end - 1)
+            if not edge and p % 64 not in sampled and p < length - policy.tail:
                 continue
             row = rows[p - offset]
             seen = [j for j in range(p + 1) if j // policy.tile in always]
@@ -88,6 +91,18 @@ def scored_margins(
                     margin = math.log(sum(map(exp_linear, excess)))
                 found[start, tile] = max(found.get((start, tile), -math.inf), margin)
     return found
+
+
+@pytest.mark.parametrize("stride", [1, 2, 4, 8])
+def test_of_a_short_question_a_row_is_scored_in_every_block_it_touches(stride: int) -> None:
+    policy = Sale(row_stride=stride, tail=0)  # type: ignore[arg-type]
+    scored = [estimate.scored_rows(policy, at, at + 64, 10_000).tolist() for at in (0, 64)]
+    assert [len(rows) for rows in scored] == [64 // stride] * 2
+    for first in range(64):
+        question = range(first, first + stride + 1)
+        for block, rows in enumerate(scored):
+            inside = [row for row in question if row // 64 == block]
+            assert not inside or set(inside) & set(rows)
 
 
 def exp_linear(x: float) -> float:

@@ -132,7 +132,7 @@ def test_lowering_a_threshold_drops_no_tile(
 @pytest.mark.parametrize("selector", [Sale, Mass])
 def test_scoring_more_rows_drops_no_tile(impl: str, selector: type[Sale | Mass]) -> None:
     paged = make_paged([make_qkv(10, 500, 500)])
-    amounts = [(8, 0), (4, 0), (4, 100), (2, 100), (1, 0)]  # row_stride, tail
+    amounts = [(8, 0), (8, 100), (8, 300), (1, 0)]  # row_stride, tail
     policies = [selector(sink=16, local=64, row_stride=s, tail=t) for s, t in amounts]  # type: ignore[arg-type]
     masks = [select_tiles(*paged.tensors, policy, impl=impl).mask(0) for policy in policies]
     for fewer, more in itertools.pairwise(masks):

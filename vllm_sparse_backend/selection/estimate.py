@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 from vllm_sparse_backend.selection.policy import Mass, Sale
 from vllm_sparse_backend.selection.static import always_kept
 
+Q_BLOCK = 64  # query tokens; `ops.tiles` has the same
 KEY_GROUP = 16  # keys that share one quantization step
 KEY_CODES = {8: 127.0, 6: 31.0, 4: 7.0}
 # Smaller at 8 bits: shifted to be unsigned, two products with a key's then fit in 16 bits,
@@ -63,12 +64,16 @@ def quantize_keys(k: torch.Tensor, bits: int) -> tuple[Quantized, torch.Tensor]:
 def scored_rows(policy: Sale | Mass, first: int, end: int, seq_len: int) -> torch.Tensor:
     """The positions of a q block's scored rows, of those from ``first`` to ``end``.
 
-    Every ``row_stride``-th, counted so that a q block's last row is one of them; the last
-    there is; and all that are among the step's ``tail`` last.
+    ``64 / row_stride`` of a whole block, spread evenly, its first and last among them: of a
+    question of a few tokens more than the stride some row is then scored in each q block that it
+    touches. Of what is there of a block, the first and the last; and all that are among the step's
+    ``tail`` last.
     """
     position = torch.arange(first, end)
-    scored = ((position + 1) % policy.row_stride == 0) | (position >= seq_len - policy.tail)
-    scored[-1] = True
+    place, count = position % Q_BLOCK, Q_BLOCK // policy.row_stride
+    sampled = [(i * (Q_BLOCK - 1) + (count - 1) // 2) // (count - 1) for i in range(count)]
+    scored = torch.isin(place, torch.tensor(sampled)) | (position >= seq_len - policy.tail)
+    scored[0] = scored[-1] = True
     return position[scored]
 
 

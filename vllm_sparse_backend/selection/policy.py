@@ -57,7 +57,9 @@ class _Scored(_Windowed):
     tau: float = Field(default=0.002, ge=0.0, le=1.0)
     bits: Literal[4, 6, 8] = 6
     row_stride: Literal[1, 2, 4, 8] = Field(
-        default=4, description="query rows per scored row; the paper of SALE scores every row"
+        default=4,
+        description="query rows per scored row, which are spread over a q block evenly, both ends "
+        "included; the paper of SALE scores every row",
     )
     # A question stands at the end of its prompt, and a row of it that is not scored may be the
     # one that looks for the answer. Which step is a prompt's last is not known to a kernel.

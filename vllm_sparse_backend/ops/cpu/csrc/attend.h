@@ -14,7 +14,8 @@ namespace VSB_ISA_NAME {
 constexpr int kPanelTiles = 8;   // tiles per softmax step of one head
 constexpr int kBatchTiles = 16;  // tiles packed before the heads go through them
 constexpr int kPanelKeys = kPanelTiles * kSub;
-constexpr float kLowest = -1e30f;  // finite, so that a fully masked row meets no inf - inf
+constexpr float kLowest = -3.40282347e38f;  // finite: a fully masked row meets no inf - inf
+constexpr float kFused = 16777216.0f;       // 2^24
 
 // What one head carries through the passes; scores are in base 2.
 struct Head {
@@ -77,7 +78,7 @@ inline int64_t scratch_bytes(const VsbProblem &p, int32_t longest) {
 template <class C>
 void softmax_panel(const Shared &s, Head &h, int rows, int tiles, int32_t first_row,
                    const int32_t *first_key, bool masked, float base2, float *decay) {
-  const vf scale = splat(base2), nothing = splat(-__builtin_inff());
+  const vf nothing = splat(-__builtin_inff());
   vi lane;
   for (int i = 0; i < kLanes; i++) lane[i] = i;
   for (int r = 0; r < rows; r++) {
@@ -92,6 +93,13 @@ void softmax_panel(const Shared &s, Head &h, int rows, int tiles, int32_t first_
     const float old = h.maxima[r], now = hmax(most) * base2 > old ? hmax(most) * base2 : old;
     decay[r] = now == old ? 1.0f : exp2_nonpositive<C::kExact>(splat(old - now))[0];
     h.maxima[r] = now;
+    vf scale = splat(base2);
+    // A fused multiply-add would leave `now`'s rounding error in the exponent: beyond 2^24 that
+    // may be any number of powers of two, so the products are rounded like it.
+    if (now > kFused || now < -kFused) {
+      for (int i = 0; i < tiles * kSub; i += kLanes) store(x + i, load(x + i) * scale);
+      scale = splat(1.0f);
+    }
     vf sum = load(h.sums + r * kLanes) * decay[r];
     for (int i = 0; i < tiles * kSub; i += kLanes) {
       const vf w = exp2_nonpositive<C::kExact>(load(x + i) * scale - now);

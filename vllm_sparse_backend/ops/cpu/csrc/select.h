@@ -45,8 +45,16 @@ VSB_INLINE float encode_row(const float *q, int head_dim, float limit, int shift
   return bound / limit;
 }
 
-// The rows a policy scores: every stride-th, counted so that a q block's last is one of them, the
-// last there is, and all of the step's tail.
+// Whether the row at `place` in its q block is one of 64 / stride that are spread over it evenly,
+// its first and its last among them: so that of a question of a few tokens more than the stride
+// some row is scored in each q block that it touches.
+inline bool is_sampled(int place, int stride) {
+  const int gaps = kQBlock / stride - 1, last = kQBlock - 1;
+  return ((place * gaps + last / 2) / last * last + gaps / 2) / gaps == place;
+}
+
+// The rows a policy scores: those that are sampled, the first and the last there is of the q block,
+// and all of the step's tail.
 //
 //   log2(exp(s - m) / (tau l)) = product * step_q * step_k * base2 + q.mean * base2 - m2 - log2(tau
 //   l)
@@ -62,8 +70,8 @@ void encode_rows(const VsbProblem &p, const KvHead &kv, const VsbPolicy &policy,
   int scored = 0;
   for (int r = 0; r < rows.count; r++) {
     const int32_t position = rows.first + r;
-    const bool on_stride = (position + 1) % policy.row_stride == 0;
-    if (!on_stride && position < tail && r != rows.count - 1) continue;
+    const bool edge = r == 0 || r == rows.count - 1;
+    if (!edge && position < tail && !is_sampled(position % kQBlock, policy.row_stride)) continue;
     alignas(64) float x[kMaxHeadDim];
     vf mean = {};
     for (int d = 0; d < D; d += kLanes) {
@@ -77,8 +85,9 @@ void encode_rows(const VsbProblem &p, const KvHead &kv, const VsbPolicy &policy,
     const float offset = hsum(mean) * base2 - maxima[r] - __builtin_log2f(policy.tau * sums[r]);
     const bool judged = offset == offset && step * 0 == 0;
     out.scale[scored] = judged ? step * base2 * unit : 0;
-    // Bounded, so that the products' share still counts in fp32 and sums stay finite.
-    const float bounded = offset > 100 ? 100 : offset < -1e6f ? -1e6f : offset;
+    // Bounded no more than keeps its bits finite: where the mean lies far above the maximum, because
+    // of keys that these rows do not see, it is the products that bring a key's share back down.
+    const float bounded = offset > 1e30f ? 1e30f : offset < -1e30f ? -1e30f : offset;
     out.offset[scored++] = kOne + (judged ? bounded : 100) * unit;
   }
   out.groups = ceil_div(scored, kRowGroup);

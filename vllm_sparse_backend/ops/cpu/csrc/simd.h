@@ -149,7 +149,8 @@ VSB_INLINE vi floor_to_int(vf x) {
 // polynomials of degree 4 and 5, minimax in relative error on [-0.5, 0.5].
 template <bool Exact>
 VSB_INLINE vf exp2_nonpositive(vf x) {
-  const vf magic = splat(12582912.0f);  // 1.5 * 2^23: rounds x to an integer
+  // 1.5 * 2^23 rounds x to an integer; 127 more and its bits end in the exponent of 2^x.
+  const vf magic = splat(12583039.0f);
   vf shifted = x + magic;
   vf f = x - (shifted - magic);
   vf p;
@@ -165,7 +166,8 @@ VSB_INLINE vf exp2_nonpositive(vf x) {
     p = p * f + 6.931217909e-1f;
     p = p * f + 9.999992847e-1f;
   }
-  vf r = (vf)((vi)p + ((vi)shifted << 23));
+  // A product, since adding to p's exponent would make a number of some NaNs.
+  vf r = p * (vf)((vi)shifted << 23);
   return (vf)(~(x < -126.0f) & (vi)r);
 }
 

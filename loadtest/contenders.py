@@ -1,0 +1,95 @@
+"""The attentions that are compared: ours under a policy, vLLM's CPU_ATTN, torch's SDPA."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from inputs import Layer
+
+from vllm_sparse_backend.ops import AttentionStats, layout, paged_sparse_attention, select_tiles
+from vllm_sparse_backend.ops.policies import PolicyTable
+from vllm_sparse_backend.ops.tiles import TileList
+from vllm_sparse_backend.selection import AnyPolicy
+
+PAGE = 128
+
+Run = Callable[[], torch.Tensor]
+
+
+class Ours:
+    """The op over a paged cache, as the backend calls it."""
+
+    def __init__(self, layer: Layer, policy: AnyPolicy, cache: torch.Tensor) -> None:
+        rows, heads, _ = layer.q.shape
+        self._arguments = (
+            layer.q,
+            cache,
+            torch.arange(len(cache), dtype=torch.int32)[None],
+            torch.tensor([0, rows], dtype=torch.int32),
+            torch.tensor([len(layer.k)], dtype=torch.int32),
+            PolicyTable([policy] * heads),
+        )
+        self._out = torch.empty_like(layer.q)
+        self.stats: list[AttentionStats] = []  # of every run
+
+    def __call__(self) -> torch.Tensor:
+        out, stats = paged_sparse_attention(*self._arguments, out=self._out)
+        self.stats.append(stats)
+        return out
+
+    def tiles(self) -> TileList:
+        """What it computes."""
+        return select_tiles(*self._arguments)
+
+
+def pack(layer: Layer) -> torch.Tensor:
+    """Keys and values as a cache for `Ours`."""
+    return layout.pack(layer.k, layer.v, "vec", PAGE)
+
+
+def cpu_attn(layer: Layer) -> Run:
+    """vLLM's own kernel, with the layout it chooses; its plan is made anew for every call, as in
+    every step of a server."""
+    from vllm import _custom_ops as ops
+    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+    q, k, v = layer.q, layer.k, layer.v
+    (rows, heads, dim), kv_heads = q.shape, k.shape[1]
+    isa = _get_attn_isa(q.dtype, PAGE, dim)
+    cache = torch.zeros(-(-len(k) // PAGE), kv_heads, 2 * PAGE, dim, dtype=q.dtype)
+    keys, values = cache.chunk(2, dim=2)
+    ops.cpu_attn_reshape_and_cache(k, v, keys, values, torch.arange(len(k)), isa)
+    pages = torch.arange(len(cache), dtype=torch.int32)[None]
+    starts = torch.tensor([0, rows], dtype=torch.int32)
+    lengths = torch.tensor([len(k)], dtype=torch.int32)
+    out = torch.empty_like(q)
+
+    def run() -> torch.Tensor:
+        plan = ops.cpu_attn_get_scheduler_metadata(
+            1, heads, kv_heads, dim, lengths, q.dtype, starts, True, -1, isa, True
+        )
+        ops.cpu_attention_with_kv_cache(
+            q, keys, values, out, starts, lengths, dim**-0.5, True, None, -1, pages, 0.0, plan, None
+        )
+        return out
+
+    return run
+
+
+def sdpa(layer: Layer) -> Run:
+    """torch's attention of a whole prompt. K and V are repeated for GQA beforehand: what is timed
+    is the kernel. Raises ValueError for a part of a prompt, for which it would need a mask."""
+    if len(layer.q) != len(layer.k):
+        raise ValueError(f"sdpa: want as many rows as keys, got {len(layer.q)}, {len(layer.k)}")
+    group = layer.q.shape[1] // layer.k.shape[1]
+    q, k, v = (
+        x.transpose(0, 1)[None].contiguous()
+        for x in (layer.q, *(x.repeat_interleave(group, 1) for x in (layer.k, layer.v)))
+    )
+
+    def run() -> torch.Tensor:
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return out[0].transpose(0, 1)
+
+    return run
