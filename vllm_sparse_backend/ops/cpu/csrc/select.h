@@ -83,10 +83,11 @@ void encode_rows(const VsbProblem &p, const KvHead &kv, const VsbPolicy &policy,
     const float step = encode_row(x, D, Codes<Bits>::kQueryMax, Codes<Bits>::kShift,
                                   out.codes + group * kRowGroup * D / 4 + lane);
     const float offset = hsum(mean) * base2 - maxima[r] - __builtin_log2f(policy.tau * sums[r]);
-    const bool judged = offset == offset && step * 0 == 0;
-    out.scale[scored] = judged ? step * base2 * unit : 0;
-    // Bounded no more than keeps its bits finite: where the mean lies far above the maximum, because
-    // of keys that these rows do not see, it is the products that bring a key's share back down.
+    const float scale = step * base2 * unit;
+    const bool judged = offset == offset && scale * 0 == 0;
+    out.scale[scored] = judged ? scale : 0;
+    // Bounded only so that its bits are finite: where keys that a row does not see lift the mean
+    // far above its maximum, it is the products that bring the keys that it does see back down.
     const float bounded = offset > 1e30f ? 1e30f : offset < -1e30f ? -1e30f : offset;
     out.offset[scored++] = kOne + (judged ? bounded : 100) * unit;
   }
