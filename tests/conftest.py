@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from _models import make_llama
 
 from vllm_sparse_backend.demo.model import ensure_model
+from vllm_sparse_backend.ops.cpu import core
+from vllm_sparse_backend.ops.cpu.build import instruction_sets
 
 
 @pytest.fixture(scope="session")
@@ -22,6 +24,17 @@ def smollm2() -> Path:
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a Llama with random weights that starts in seconds; prompts are token ids."""
     return make_llama(tmp_path_factory.mktemp("tiny") / "llama")
+
+
+@pytest.fixture(params=[isa.name for isa in instruction_sets()])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Forces each instruction set that this machine has."""
+    if not core.isas()[request.param]:
+        pytest.skip(f"this machine cannot run {request.param}; see test_ops_emulated.py")
+    core.set_isa(request.param)
+    yield request.param
+    assert core.active_isa() == request.param
+    core.set_isa(None)
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -26,12 +25,10 @@ from hypothesis import strategies as st
 
 from vllm_sparse_backend.ops import select_tiles, sparse_attention
 from vllm_sparse_backend.ops.cpu import core
-from vllm_sparse_backend.ops.cpu.build import instruction_sets
 from vllm_sparse_backend.selection import DENSE, Sale, Static
 
 pytestmark = needs_core
 
-ISAS = [isa.name for isa in instruction_sets()]
 KEEP_ALL = (DENSE, Sale(tau=0.0))
 RAGGED = [(1, 1), (15, 17), (63, 129), (64, 64), (65, 130), (100, 163), (1, 200)]
 MIXED = (
@@ -40,18 +37,6 @@ MIXED = (
     Sale(sink=16, local=32, tau=0.05, tail=10),
     Sale(sink=1, local=0, tau=0.02, bits=4, tile=64, row_stride=1),
 )
-
-
-@pytest.fixture
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Forces the instruction set of the parameter; skips what this machine cannot run."""
-    name: str = request.param
-    if not core.isas()[name]:
-        pytest.skip(f"this machine cannot run {name}; see test_ops_emulated.py")
-    core.set_isa(name)
-    yield name
-    assert core.active_isa() == name
-    core.set_isa(None)
 
 
 def ragged(seed: int, shapes: list[tuple[int, int]], **sizes: Any) -> list[QKV]:
@@ -65,7 +50,6 @@ def assert_dense(paged: Paged, batch: list[QKV], out: torch.Tensor) -> None:
         assert_accurate(out[rows], qkv, causal_mask(len(qkv[0]), len(qkv[1])))
 
 
-@pytest.mark.parametrize("isa", ISAS, indirect=True)
 @pytest.mark.parametrize("dim", HEAD_DIMS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_keeping_all_is_dense_attention(isa: str, dim: int, dtype: torch.dtype) -> None:
@@ -87,7 +71,6 @@ def test_keeping_all_is_dense_attention(isa: str, dim: int, dtype: torch.dtype) 
         assert_dense(one, batch[-2:-1], run(one, policies, "cpu")[0])
 
 
-@pytest.mark.parametrize("isa", ISAS, indirect=True)
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_over_the_chosen_tiles(isa: str, group: int, dtype: torch.dtype) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,22 +13,10 @@ from hypothesis import strategies as st
 
 from vllm_sparse_backend.ops import PolicyTable, TileList, select_tiles
 from vllm_sparse_backend.ops.cpu import core
-from vllm_sparse_backend.ops.cpu.build import instruction_sets
 from vllm_sparse_backend.selection import DENSE, AnyPolicy, Mass, Sale, Static
 
-ISAS = [isa.name for isa in instruction_sets()]
 SHAPES = [(1, 1), (64, 64), (65, 400), (1, 400), (100, 463), (700, 700), (500, 1203)]
 TAUS = (0.0, 0.001, 0.01, 0.05, 0.2, 1.0)
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Forces each instruction set that this machine has."""
-    if not core.isas()[request.param]:
-        pytest.skip(f"this machine cannot run {request.param}; see test_ops_emulated.py")
-    core.set_isa(request.param)
-    yield request.param
-    core.set_isa(None)
 
 
 def both(paged: Paged, policies: object, request: int = 0) -> tuple[TileList, TileList]:

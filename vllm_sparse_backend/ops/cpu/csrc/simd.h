@@ -139,12 +139,6 @@ VSB_INLINE void store(fp16 *p, vf v) {
 VSB_INLINE vi round_to_int(vf x) {
   return (vi)(x + splat(12582912.0f)) - 0x4b400000;  // 1.5 * 2^23 and its bits
 }
-// Largest integer not above x, for |x| < 2^31.
-VSB_INLINE vi floor_to_int(vf x) {
-  vi t = __builtin_convertvector(x, vi);
-  return t + (__builtin_convertvector(t, vf) > x);  // a true comparison is -1
-}
-
 // 2^x for x <= 0; 0 below 2^-126, NaN for NaN. Relative error 3e-6 (Exact: 1e-7):
 // polynomials of degree 4 and 5, minimax in relative error on [-0.5, 0.5].
 template <bool Exact>
