@@ -48,7 +48,7 @@ class Result:
     """Of one scenario."""
 
     answers: list[list[Answer]]  # as the scenario's batches
-    layer_tokens: dict[str, int]  # by reason, or "sparse"; without zeros
+    layer_tokens: dict[str, int]  # by reason, or "sparse" and "keep_all"; without zeros
     tiles: dict[str, int]  # "computed" and "causal"
     preemptions: int
 
@@ -136,12 +136,12 @@ def _run(scenario: Scenario, directory: Path | None) -> tuple[Result, Path | Non
 def _grown(
     metric: str, directory: Path | None, before: dict[str, dict[str, int]]
 ) -> dict[str, int]:
-    """How a metric's counters have grown, by their last label that is not empty."""
+    """How a metric's counters have grown, by their last label: of what is dense, the reason."""
     from vllm_sparse_backend.metrics import read_totals
 
     grown = {}
     for labels, value in read_totals(directory).of(metric) if directory else ():
-        name = next(filter(None, reversed(labels)))
+        name = labels[-1] if labels[0] == "dense" else labels[0]
         if more := int(value) - before.get(metric, {}).get(name, 0):
             grown[name] = more
     return grown

@@ -132,8 +132,8 @@ def test_what_is_reported(quality: Any) -> None:
 
 def test_theta_is_that_of_vllms_dynamic_scaling(quality: Any) -> None:
     # factor 2, 16384 positions of 8192 trained: (2 * 2 - 1) ** (D / (D - 2)) times the theta
-    assert quality._scaling(8192) == {}
-    assert quality._scaling(8193)["rope_parameters"]["rope_theta"] == pytest.approx(
+    assert quality.rope_options(8192) == {}
+    assert quality.rope_options(8193)["rope_parameters"]["rope_theta"] == pytest.approx(
         100000.0 * 3 ** (64 / 62)
     )
 
