@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from vllm_sparse_backend.demo.model import ModelUnavailable
+from vllm_sparse_backend.demo import machine
 from vllm_sparse_backend.demo.plan import (
     LENGTHS,
     Facts,
@@ -113,3 +114,22 @@ def test_facts_come_from_the_models_config(tmp_path: Path, smollm2: Path) -> Non
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "no-such-type"}))
     with pytest.raises(ModelUnavailable, match="configuration cannot be read"):
         read_facts(tmp_path, packaged=False)
+
+
+def test_the_dtype_is_what_the_machine_multiplies_fast(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for flags, want in [
+        ("fpu avx2 fma", "float32"),
+        ("fpu avx2 avx512f avx512_bf16", "bfloat16"),
+        (None, "bfloat16"),  # unknown: what the model has
+    ]:
+        text = "model name : some CPU\n" + (f"flags : {flags}\n" if flags else "")
+        cpuinfo = tmp_path / "cpuinfo"
+        cpuinfo.write_text(text)
+        monkeypatch.setattr(machine, "CPUINFO", cpuinfo)
+        assert machine.fast_dtype() == want
+    options = plan(dtype="float32").setups[0].options
+    for side in ("dense", "sparse"):
+        arguments = options.arguments(side, 1)  # type: ignore[arg-type]
+        assert arguments[arguments.index("--dtype") + 1] == "float32"

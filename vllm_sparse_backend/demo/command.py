@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -47,6 +47,13 @@ Policy = Annotated[
         metavar="JSON",
         help="One policy for every head instead of a profile, such as "
         '\'{"selector": "static", "local": 1024}\'.',
+    ),
+]
+Dtype = Annotated[
+    Literal["auto", "bfloat16", "float16", "float32"],
+    typer.Option(
+        help="What both sides compute in. auto: bfloat16, or float32 on a CPU without AVX-512, "
+        "where bfloat16 matrix products are ten times slower than float32 ones."
     ),
 ]
 ChunkTokens = Annotated[
@@ -88,6 +95,7 @@ def demo(
     profile: Profile = None,
     policy: Policy = None,
     chunk_tokens: ChunkTokens = None,
+    dtype: Dtype = "auto",
     hf_overrides: HfOverrides = None,
     json: Annotated[
         bool, typer.Option("--json", help="Print the results as JSON instead of a table.")
@@ -120,12 +128,13 @@ def demo(
     with _errors_named():
         plan = _plan(
             model=model,
-            lengths=_lengths(lengths),
+            lengths=parse_lengths(lengths),
             quick=quick,
             threads=threads,
             sparse_config=_sparse_config(profile, policy),
             chunk_tokens=chunk_tokens,
-            hf_overrides=_json_object(hf_overrides, "--hf-overrides"),
+            dtype=dtype,
+            hf_overrides=json_object(hf_overrides, "--hf-overrides"),
         )
         from rich.console import Console
 
@@ -163,6 +172,7 @@ def serve_demo(
     profile: Profile = None,
     policy: Policy = None,
     chunk_tokens: ChunkTokens = None,
+    dtype: Dtype = "auto",
     hf_overrides: HfOverrides = None,
 ) -> None:
     """Leave a server with sparse prefill running, and print how to ask it.
@@ -182,7 +192,8 @@ def serve_demo(
             threads=threads,
             sparse_config=_sparse_config(profile, policy),
             chunk_tokens=chunk_tokens,
-            hf_overrides=_json_object(hf_overrides, "--hf-overrides"),
+            dtype=dtype,
+            hf_overrides=json_object(hf_overrides, "--hf-overrides"),
             longest=True,
         )
         from vllm_sparse_backend.demo.serve import is_free
@@ -195,10 +206,10 @@ def serve_demo(
 
 
 def _plan(
-    *, model: str | None, lengths: list[int] | None, threads: int | None, longest: bool = False,
-    **others: Any,
+    *, model: str | None, lengths: list[int] | None, threads: int | None, dtype: str,
+    longest: bool = False, **others: Any,
 ) -> Plan:  # fmt: skip
-    from vllm_sparse_backend.demo.machine import usable_cores
+    from vllm_sparse_backend.demo.machine import fast_dtype, usable_cores
     from vllm_sparse_backend.demo.model import ensure_model
     from vllm_sparse_backend.demo.plan import default_lengths, make_plan, read_facts
 
@@ -209,11 +220,16 @@ def _plan(
         native = int(positions or facts.max_positions)
         lengths = [native] if longest else default_lengths(facts, native, others["quick"])
     return make_plan(
-        path, facts, lengths=lengths, threads=threads or max(1, usable_cores() - 1), **others
+        path,
+        facts,
+        lengths=lengths,
+        threads=threads or max(1, usable_cores() - 1),
+        dtype=fast_dtype() if dtype == "auto" else dtype,
+        **others,
     )
 
 
-def _lengths(text: str | None) -> list[int] | None:
+def parse_lengths(text: str | None) -> list[int] | None:
     if text is None:
         return None
     try:
@@ -230,10 +246,10 @@ def _sparse_config(profile: Path | None, policy: str | None) -> dict[str, Any]:
 
         load_profile(profile)  # now, not after the dense half of the demo
         return {"profile": str(profile.resolve())}
-    return {} if policy is None else {"policy": _json_object(policy, "--policy")}
+    return {} if policy is None else {"policy": json_object(policy, "--policy")}
 
 
-def _json_object(text: str | None, option: str) -> dict[str, Any] | None:
+def json_object(text: str | None, option: str) -> dict[str, Any] | None:
     if text is None:
         return None
     try:

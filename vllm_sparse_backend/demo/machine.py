@@ -11,6 +11,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 TOPOLOGY = Path("/sys/devices/system/cpu")
+CPUINFO = Path("/proc/cpuinfo")
 # Those an attention kernel can tell apart, as /proc/cpuinfo spells them.
 FEATURES = (
     "avx2",
@@ -23,6 +24,9 @@ FEATURES = (
     "amx_bf16",
 )
 PACKAGES = ("vllm-sparse-backend", "vllm", "torch", "transformers")
+
+
+FAST_BFLOAT16 = "avx512f"  # without it oneDNN multiplies bf16 matrices ten times slower than fp32
 
 
 class Machine(BaseModel):
@@ -48,13 +52,19 @@ def this_machine() -> Machine:
     """The machine this process runs on."""
     return Machine(
         architecture=platform.machine(),
-        features=tuple(_features(Path("/proc/cpuinfo"))),
+        features=tuple(_features()),
         cores=usable_cores(),
         memory_gib=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30,
         system=platform.system(),
         python=platform.python_version(),
         versions=dict(_versions(PACKAGES)),
     )
+
+
+def fast_dtype() -> str:
+    """The dtype to serve a model in here: bfloat16 where the CPU multiplies it, else float32."""
+    flags = _flags()
+    return "bfloat16" if not flags or FAST_BFLOAT16 in flags else "float32"
 
 
 def usable_cores() -> int:
@@ -80,13 +90,17 @@ def _quota(cpu_max: Path) -> int:
         return os.cpu_count() or 1
 
 
-def _features(cpuinfo: Path) -> Iterable[str]:
+def _features() -> Iterable[str]:
+    flags = _flags()
+    return (name for name in FEATURES if name in flags)
+
+
+def _flags() -> list[str]:
     try:
-        lines = cpuinfo.read_text().splitlines()
+        lines = CPUINFO.read_text().splitlines()
     except OSError:
-        return
-    flags = next((line for line in lines if line.startswith("flags")), "").split()
-    yield from (name for name in FEATURES if name in flags)
+        return []
+    return next((line for line in lines if line.startswith("flags")), "").split()
 
 
 def _versions(packages: Iterable[str]) -> Iterable[tuple[str, str]]:

@@ -103,6 +103,7 @@ def make_plan(
     sparse_config: dict[str, Any] | None = None,
     hf_overrides: dict[str, Any] | None = None,
     quick: bool = False,
+    dtype: str = "bfloat16",
 ) -> Plan:
     """Lengths grouped by the server they need.
 
@@ -132,6 +133,7 @@ def make_plan(
             chunk_tokens=chunk,
             hf_overrides=overrides,
             sparse_config=sparse_config,
+            dtype=dtype,
         )
         return Setup(tuple(chosen), options, scaled)
 

@@ -53,7 +53,7 @@ def render_html(results: Results) -> str:
 def print_table(results: Results, console: Console) -> None:
     """The same figures for the terminal, and what was lost."""
     table = Table(
-        title=f"{results.model}, threads: {results.threads}",
+        title=f"{results.model}, {results.dtype}, threads: {results.threads}",
         box=box.SIMPLE_HEAD,
         padding=0,  # with the gaps below, fits into 80 columns
         pad_edge=False,

@@ -151,6 +151,7 @@ class Results(_Record):
     made_at: datetime
     model: str
     threads: int
+    dtype: str = "bfloat16"
     chunk_tokens: int
     repeat: str  # the command that made this
     machine: Machine

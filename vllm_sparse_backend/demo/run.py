@@ -82,6 +82,7 @@ def run(plan: Plan, folder: Path, repeat: str) -> Results:
         made_at=datetime.now(UTC).replace(microsecond=0),
         model=options.served_name,
         threads=options.threads,
+        dtype=options.dtype,
         chunk_tokens=options.chunk_tokens,
         repeat=repeat,
         machine=this_machine(),

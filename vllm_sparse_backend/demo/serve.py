@@ -45,6 +45,7 @@ class ServerOptions:
     threads: int
     chunk_tokens: int = 2048
     kv_gib: int = 4
+    dtype: str = "bfloat16"
     hf_overrides: dict[str, Any] | None = None
     sparse_config: dict[str, Any] = field(default_factory=dict)
 
@@ -53,7 +54,7 @@ class ServerOptions:
         arguments = ["serve", self.model, "--served-model-name", self.served_name]
         arguments += ["--attention-backend", BACKENDS[side]]
         arguments += ["--host", "127.0.0.1", "--port", str(port)]
-        arguments += ["--dtype", "bfloat16", "--enforce-eager", "--enable-prefix-caching"]
+        arguments += ["--dtype", self.dtype, "--enforce-eager", "--enable-prefix-caching"]
         arguments += ["--max-model-len", str(self.max_model_len)]
         arguments += ["--max-num-batched-tokens", str(self.chunk_tokens)]
         arguments += ["--max-num-seqs", "8", "--generation-config", "vllm"]
