@@ -145,6 +145,7 @@ def test_any_policies_choose_the_tiles_of_the_reference(data: st.DataObject) -> 
             local=locals_,
             tile=tile,
             tau=st.floats(0, 1),
+            tau_slope=st.sampled_from([0.0, -2.0, -0.3, 0.7, 2.0]),
             bits=st.sampled_from([4, 6, 8]),
             row_stride=st.sampled_from([1, 2, 4, 8]),
             tail=st.integers(0, 150),

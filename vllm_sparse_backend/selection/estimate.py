@@ -104,7 +104,7 @@ def estimates(
         score = score.masked_fill(~visible, -torch.inf)
         m = score.amax(1, keepdim=True)
         total = (score - m).exp().sum(1, keepdim=True)
-        threshold = m + (policy.tau * total).log()  # [R, 1]
+        threshold = m + (policy.tau_at(start + Q_BLOCK) * total).log()  # [R, 1]
 
         query = quantize(row, QUERY_CODES[policy.bits])
         step = query.step[:, None] * keys.step[:end]

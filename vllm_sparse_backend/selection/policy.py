@@ -11,6 +11,7 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 Tile: TypeAlias = Literal[16, 32, 64]
+TAU_CONTEXT = 8192  # tokens of context at which a threshold is `tau` whatever its slope
 
 
 class _Policy(BaseModel):
@@ -55,6 +56,13 @@ class _Scored(_Windowed):
     """
 
     tau: float = Field(default=0.002, ge=0.0, le=1.0)
+    tau_slope: float = Field(
+        default=0.0,
+        ge=-2.0,
+        le=2.0,
+        description="the threshold of a q block that ends at n tokens of context is "
+        "tau * (n / 8192) ** tau_slope",
+    )
     bits: Literal[4, 6, 8] = 6
     row_stride: Literal[1, 2, 4, 8] = Field(
         default=4,
@@ -66,6 +74,15 @@ class _Scored(_Windowed):
     tail: int = Field(
         default=128, ge=0, le=1 << 20, description="last query tokens of a step, all scored"
     )
+
+
+    def tau_at(self, context: int) -> float:
+        """The threshold of a q block that ends at so many tokens of context.
+
+        What a fixed threshold keeps drifts with the length (BLASST, arXiv 2512.12087, scales its
+        own with the inverse of it).
+        """
+        return self.tau * (context / TAU_CONTEXT) ** self.tau_slope
 
 
 class Sale(_Scored):

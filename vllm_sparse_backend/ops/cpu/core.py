@@ -25,7 +25,7 @@ HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
 KV_LAYOUTS = ("vec", "vec16", "amx")
 DTYPES = ("bfloat16", "float16", "float32")
 
-_ABI = 4
+_ABI = 5
 _LAYOUT = {"vec": 0, "vec16": 0, "amx": 1}
 _DTYPE = {name: i for i, name in enumerate(DTYPES)}
 _LIST = 3  # the selector that takes its tiles from the caller
@@ -46,6 +46,7 @@ class _Policy(ctypes.Structure):
         ("tail", ctypes.c_int32),
         ("dense_below", ctypes.c_int32),
         ("tau", ctypes.c_float),
+        ("tau_slope", ctypes.c_double),
         ("growth", ctypes.c_double),
     )
 
@@ -190,7 +191,7 @@ def _native_policies(table: PolicyTable) -> ctypes.Array[_Policy]:
                     row.sink, row.local = policy.sink, policy.local
                 case Sale() | Mass():
                     row.selector = 2 if isinstance(policy, Sale) else 4
-                    row.tile, row.tau = policy.tile, policy.tau
+                    row.tile, row.tau, row.tau_slope = policy.tile, policy.tau, policy.tau_slope
                     row.sink, row.local = policy.sink, policy.local
                     row.bits, row.row_stride = policy.bits, policy.row_stride
                     row.tail = policy.tail

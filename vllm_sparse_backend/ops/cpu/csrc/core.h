@@ -27,7 +27,7 @@ struct VsbPolicy {
   int32_t row_stride, tail;
   int32_t dense_below;  // tokens of context from which on the policy is followed
   float tau;
-  double growth;
+  double tau_slope, growth;
 };
 
 struct VsbRequest {

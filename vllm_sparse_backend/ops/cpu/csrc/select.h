@@ -53,6 +53,13 @@ inline bool is_sampled(int place, int stride) {
   return ((place * gaps + last / 2) / last * last + gaps / 2) / gaps == place;
 }
 
+// The threshold of a q block: `tau` where 8192 tokens of context end, and a power law around that.
+inline float tau_of(const VsbPolicy &policy, int32_t first) {
+  if (policy.tau_slope == 0) return policy.tau;
+  const int32_t context = first / kQBlock * kQBlock + kQBlock;
+  return (float)(policy.tau * __builtin_pow(context / 8192.0, policy.tau_slope));
+}
+
 // The rows a policy scores: those that are sampled, the first and the last there is of the q block,
 // and all of the step's tail.
 //
@@ -67,6 +74,7 @@ void encode_rows(const VsbProblem &p, const KvHead &kv, const VsbPolicy &policy,
   const int D = p.head_dim;
   const float base2 = p.scale * 1.44269504f, unit = 8388608.0f;  // 2^23
   const int32_t tail = kv.request->seq_len - policy.tail;
+  const float tau = tau_of(policy, rows.first);
   int scored = 0;
   for (int r = 0; r < rows.count; r++) {
     const int32_t position = rows.first + r;
@@ -82,7 +90,7 @@ void encode_rows(const VsbProblem &p, const KvHead &kv, const VsbPolicy &policy,
     const int group = scored / kRowGroup, lane = scored % kRowGroup;
     const float step = encode_row(x, D, Codes<Bits>::kQueryMax, Codes<Bits>::kShift,
                                   out.codes + group * kRowGroup * D / 4 + lane);
-    const float offset = hsum(mean) * base2 - maxima[r] - __builtin_log2f(policy.tau * sums[r]);
+    const float offset = hsum(mean) * base2 - maxima[r] - __builtin_log2f(tau * sums[r]);
     const float scale = step * base2 * unit;
     const bool judged = offset == offset && scale * 0 == 0;
     out.scale[scored] = judged ? scale : 0;
