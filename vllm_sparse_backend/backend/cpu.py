@@ -17,6 +17,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from vllm_sparse_backend import compat
+from vllm_sparse_backend.backend import observe
 from vllm_sparse_backend.backend.cpu_metadata import MixedMetadata, SparsePrefillCPUMetadataBuilder
 from vllm_sparse_backend.backend.plan import DenseReason, LayerTraits
 from vllm_sparse_backend.backend.worker import Worker
@@ -67,6 +68,7 @@ class SparsePrefillCPUImpl(CPUAttentionBackendImpl):
     def run_sparse(self, worker: Worker, layer_name: str) -> None:
         """Follow the steps' plans from now on, under the policies of this layer."""
         self._sparse = worker, worker.policies(layer_name, self.num_heads, self.head_size)
+        self._layer_name = layer_name
 
     def forward(
         self,
@@ -105,6 +107,8 @@ class SparsePrefillCPUImpl(CPUAttentionBackendImpl):
             super().forward(
                 layer, query[rows], key[rows], value[rows], kv_cache, part, output[rows]
             )
+        for observer in observe.observers:
+            observer(self._call(layer, query, kv_cache, mixed))
         _, stats = paged_sparse_attention(
             query,
             kv_cache,
@@ -120,3 +124,18 @@ class SparsePrefillCPUImpl(CPUAttentionBackendImpl):
         worker.count_plan(mixed.plan)
         worker.count_stats(stats, policies)
         return output
+
+    def _call(
+        self, layer: Any, query: torch.Tensor, kv_cache: torch.Tensor, mixed: MixedMetadata
+    ) -> observe.Call:
+        return observe.Call(
+            layer=compat.layer_index(self._layer_name),
+            requests=mixed.plan.core,
+            q=query,
+            kv_cache=kv_cache,
+            block_table=mixed.block_table,
+            query_start_loc=mixed.query_start_loc,
+            seq_lens=mixed.seq_lens,
+            scale=self.scale,
+            kv_layout=layer.isa,
+        )

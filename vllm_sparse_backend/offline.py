@@ -1,0 +1,78 @@
+"""vLLM's offline engine inside this process, one after the other: for calibration and evaluation.
+
+What a server does with a prompt (chunks, the paged cache, RoPE as served) is done here by the same
+code; only HTTP is missing, and worker processes, so that counters and recordings are at hand.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from vllm_sparse_backend.config import SECTION
+
+Backend = Literal["CPU_ATTN", "sparse_prefill"]
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What dense and sparse engines share."""
+
+    model: str
+    max_model_len: int
+    chunk_tokens: int = 2048
+    dtype: str = "bfloat16"
+    hf_overrides: dict[str, Any] | None = None
+    kv_gib: int = 4
+    prefix_caching: bool = False
+
+    def arguments(self, backend: Backend, sparse_config: dict[str, Any]) -> dict[str, Any]:
+        """Of `vllm.LLM`. `sparse_config` goes to the sparse side only: the other ignores it."""
+        arguments: dict[str, Any] = {
+            "model": self.model,
+            "attention_backend": backend,
+            "dtype": self.dtype,
+            "enforce_eager": True,
+            "enable_prefix_caching": self.prefix_caching,
+            "max_model_len": self.max_model_len,
+            "max_num_batched_tokens": self.chunk_tokens,
+            "max_num_seqs": 8,
+            "disable_log_stats": False,
+            "hf_overrides": self.hf_overrides or {},
+            "use_tqdm_on_load": False,
+        }
+        if backend == "sparse_prefill" and sparse_config:
+            arguments["additional_config"] = {SECTION: sparse_config}
+        return arguments
+
+
+@contextmanager
+def engine(
+    options: EngineOptions, backend: Backend, sparse_config: dict[str, Any] | None = None
+) -> Iterator[Any]:
+    """A `vllm.LLM` that computes in this process; leaving the context frees it.
+
+    Call before vLLM has been imported, or with its environment as it is set here.
+    """
+    os.environ |= {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_CPU_KVCACHE_SPACE": str(options.kv_gib),
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    if os.path.isdir(options.model):
+        os.environ["HF_HUB_OFFLINE"] = "1"  # everything is in the folder; ask nobody
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    llm = LLM(**options.arguments(backend, sparse_config or {}))
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        cleanup_dist_env_and_memory()
