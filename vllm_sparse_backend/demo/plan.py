@@ -10,6 +10,7 @@ from typing import Any
 from vllm_sparse_backend.config import SECTION, SparseConfig, load_config
 from vllm_sparse_backend.demo.model import NAME, ModelUnavailable
 from vllm_sparse_backend.demo.serve import ServerOptions
+from vllm_sparse_backend.errors import SparsePrefillError
 
 LENGTHS = (1024, 4096, 8192, 16384)
 QUICK_LENGTHS = (4096,)
@@ -31,7 +32,7 @@ SCALING: dict[str, Any] = {
 }
 
 
-class LengthRefused(ValueError):
+class LengthRefused(SparsePrefillError):
     """The model cannot be asked at this length; the message says why and what would do."""
 
 

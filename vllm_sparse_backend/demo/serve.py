@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from vllm_sparse_backend.demo.progress import console, note
+from vllm_sparse_backend.errors import SparsePrefillError
 
 Side = Literal["dense", "sparse"]
 BACKENDS: dict[Side, str] = {"dense": "CPU_ATTN", "sparse": "sparse_prefill"}
@@ -27,7 +28,7 @@ STOP_SECONDS = 20.0
 TAIL_LINES = 30
 
 
-class ServerFailed(RuntimeError):
+class ServerFailed(SparsePrefillError):
     """The server did not come up, or went away; the message ends with the tail of its log."""
 
 

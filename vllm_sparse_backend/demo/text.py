@@ -89,7 +89,7 @@ def build_document(
         for name, depth in zip(names, sorted(depths), strict=True)
     ]
     planted = [_encode(tokenizer, f"{needle.sentence}\n\n") for needle in needles]
-    start = _leading_specials(tokenizer)
+    start = leading_specials(tokenizer)
     room = tokens - len(start) - sum(map(len, planted))
     if room <= 0:
         raise ValueError(f"tokens: {len(needles)} needles do not fit into {tokens}")
@@ -155,7 +155,7 @@ def _encode(tokenizer: Any, text: str) -> list[int]:
     return ids
 
 
-def _leading_specials(tokenizer: Any) -> list[int]:
+def leading_specials(tokenizer: Any) -> list[int]:
     """What the tokenizer puts in front of a text, such as <bos>."""
     bare, whole = _encode(tokenizer, "x"), list(tokenizer.encode("x"))
     return whole[: len(whole) - len(bare)] if whole[-len(bare) :] == bare else []

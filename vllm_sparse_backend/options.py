@@ -1,0 +1,98 @@
+"""What the commands of `vllm-sparse` share: options, exit statuses, and how they refuse."""
+
+from __future__ import annotations
+
+import json
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any, Literal, NoReturn
+
+import typer
+
+from vllm_sparse_backend.errors import SparsePrefillError
+
+EXIT_LOSS = 1  # it ran, and sparse lost something
+EXIT_FAILED = 2  # it did not run
+EXIT_INTERRUPTED = 130  # as a shell counts Ctrl-C
+EXTRA = "this needs the demo extra: pip install 'vllm-sparse-backend[cpu,demo]'"
+
+Dtype = Annotated[
+    Literal["auto", "bfloat16", "float16", "float32"],
+    typer.Option(
+        help="What the model computes in. auto: bfloat16, or float32 on a CPU without AVX-512, "
+        "where bfloat16 matrix products are ten times slower than float32 ones."
+    ),
+]
+ChunkTokens = Annotated[
+    int | None,
+    typer.Option(
+        min=128,
+        help="Tokens of a prompt in one step (vLLM's --max-num-batched-tokens). Default: 2048, or "
+        "1024 where log probabilities over a vocabulary of more than 100,000 are asked for, which "
+        "take much memory.",
+    ),
+]
+HfOverrides = Annotated[
+    str | None,
+    typer.Option(
+        metavar="JSON",
+        help="vLLM's --hf-overrides, for every length. With max_position_embeddings in it, lengths "
+        "up to that.",
+    ),
+]
+
+
+class Refused(SparsePrefillError):
+    """A wrong option; the message names it."""
+
+
+def parse_lengths(text: str, option: str = "--lengths") -> list[int]:
+    """Token counts, ascending and unique, from "4096,16384". Raises Refused."""
+    try:
+        numbers = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        numbers = []
+    if not numbers or numbers[0] < 1:
+        raise Refused(f"{option}: want numbers with commas between them, got {text!r}")
+    return numbers
+
+
+def json_object(text: str | None, option: str) -> dict[str, Any] | None:
+    """The object in an option's text; None where it was not given. Raises Refused."""
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise Refused(f"{option}: want JSON, got {text!r} ({error})") from None
+    if not isinstance(value, dict):
+        raise Refused(f"{option}: want a JSON object, got {text!r}")
+    return value
+
+
+@contextmanager
+def errors_named(interrupted: str = "interrupted") -> Iterator[None]:
+    """What a user can do something about becomes one message and an exit status."""
+    try:
+        yield
+    except SparsePrefillError as error:
+        fail(str(error))
+    except OSError as error:
+        fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except ModuleNotFoundError as error:
+        fail(f"{error}; {EXTRA}")
+    except KeyboardInterrupt:
+        typer.echo(interrupted, err=True)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    except (typer.Exit, typer.Abort, typer.BadParameter):
+        raise
+    except Exception:  # Python's own exit status, 1, would say that something is lost
+        traceback.print_exc()
+        fail("this should not have happened; the traceback above says where")
+
+
+def fail(message: str) -> NoReturn:
+    """End with the message and `EXIT_FAILED`."""
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(EXIT_FAILED)
