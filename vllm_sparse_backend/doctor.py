@@ -90,7 +90,7 @@ def examine(model: str | None = None, profile: str | None = None) -> Diagnosis:
         problems.append(str(error))
     platform, registered, served = None, False, None
     if supported:
-        with _quiet():
+        with quiet():
             platform, registered = _in_vllm()
             if platform != "cpu":
                 problems.append(f"vLLM's platform: want cpu, got {platform}")
@@ -142,12 +142,9 @@ def _served(path: str, profile: str | None) -> Model:
     from vllm_sparse_backend.backend import expect, start
 
     try:
-        vllm_config = _configuration(path, profile)
+        vllm_config = configuration(path, profile)
     except SparsePrefillError as error:
         return Model(path=path, problem=str(error))
-    # Whatever it raises, it is the answer to the question.
-    except Exception as error:
-        return Model(path=path, problem=f"vLLM cannot serve {path}: {error}")
     setup = start.resolve(vllm_config)
     reasons = expect.reasons(vllm_config, start.capabilities(), enabled=setup.config.enabled)
     return Model(
@@ -162,21 +159,38 @@ def _served(path: str, profile: str | None) -> Model:
     )
 
 
-def _configuration(path: str, profile: str | None) -> VllmConfig:
-    from vllm.engine.arg_utils import EngineArgs
+def model_facts(path: str) -> ModelFacts:
+    """A model's numbers, by vLLM's own configuration. Raises SparsePrefillError."""
+    with quiet():
+        vllm_config = configuration(path)
+        from vllm_sparse_backend.backend import start
 
+        return start.facts_of(vllm_config.model_config)
+
+
+def configuration(path: str, profile: str | None = None) -> VllmConfig:
+    """vLLM's own configuration to serve a model with this backend; raises SparsePrefillError for
+    whatever vLLM says to that."""
     section: dict[str, Any] = {} if profile is None else {"profile": str(Path(profile))}
-    return EngineArgs(
-        model=path,
-        attention_backend="sparse_prefill",
-        additional_config={config.SECTION: section},
-        enforce_eager=True,
-        skip_tokenizer_init=True,
-    ).create_engine_config()
+    try:
+        from vllm.engine.arg_utils import EngineArgs
+
+        return EngineArgs(
+            model=path,
+            attention_backend="sparse_prefill",
+            additional_config={config.SECTION: section},
+            enforce_eager=True,
+            skip_tokenizer_init=True,
+        ).create_engine_config()
+    except SparsePrefillError:
+        raise
+    # Whatever it raises, it is the answer to the question.
+    except Exception as error:
+        raise SparsePrefillError(f"vLLM cannot serve {path}: {error}") from error
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without vLLM's lines about what it does, which are not what was asked; and what is
     written to stdout all the same is not in the way of JSON."""
     with contextlib.redirect_stdout(sys.stderr), config.vllm_log_level("CRITICAL"):

@@ -34,6 +34,10 @@ class ProfileMismatch(ProfileError):
     """A valid profile, but of another model."""
 
 
+class TextError(SparsePrefillError):
+    """A text cannot be read, or is too short for what was asked of it."""
+
+
 @cache
 def hide_traceback() -> None:
     """Have a SparsePrefillError that ends this process print its message and nothing else.

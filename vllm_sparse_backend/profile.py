@@ -168,9 +168,9 @@ class Profile(_Part):
 def load_profile(path: str | os.PathLike[str]) -> Profile:
     """The profile in a file. Raises ProfileError saying what is wrong with which file."""
     where = Path(path)
-    text = _read(where)
+    text = read_text(where)
     try:
-        json.loads(text, object_pairs_hook=_no_duplicates)
+        json.loads(text, object_pairs_hook=no_duplicates)
         profile = Profile.model_validate_json(text)
     except ValidationError as error:
         raise ProfileError(f"profile {where}: {describe(error, Profile.model_fields)}") from None
@@ -212,27 +212,29 @@ def schema() -> dict[str, Any]:
     }
 
 
-def _read(path: Path) -> str:
+def read_text(path: Path, what: str = "profile") -> str:
+    """A file's text, if it is a regular file of at most `MAX_BYTES`. Raises ProfileError."""
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for its other end
             came = "a directory" if stat.S_ISDIR(status.st_mode) else "something else"
-            raise ProfileError(f"profile {path}: want a regular file, got {came}")
+            raise ProfileError(f"{what} {path}: want a regular file, got {came}")
         if status.st_size > MAX_BYTES:
             raise ProfileError(
-                f"profile {path}: want at most {MAX_BYTES} bytes, got {status.st_size}"
+                f"{what} {path}: want at most {MAX_BYTES} bytes, got {status.st_size}"
             )
         with path.open("rb") as file:
             return file.read(MAX_BYTES).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ProfileError(f"profile {path}: not UTF-8 text: {error.reason}") from None
+        raise ProfileError(f"{what} {path}: not UTF-8 text: {error.reason}") from None
     except OSError as error:  # missing, not readable
-        raise ProfileError(f"profile {path}: {error.strerror}") from None
+        raise ProfileError(f"{what} {path}: {error.strerror}") from None
     except ValueError as error:  # a path that no file can have
-        raise ProfileError(f"profile {str(path)!r}: {error}") from None
+        raise ProfileError(f"{what} {str(path)!r}: {error}") from None
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An ``object_pairs_hook`` that refuses a key that stands twice; raises ValueError."""
     found = dict(pairs)
     if len(found) != len(pairs):
         keys = [key for key, _ in pairs]
