@@ -3,9 +3,9 @@
     python loadtest/quality.py --policy '{"selector": "sale", "tau": 0.002}' --length 8192
 
 SmolLM2-135M-Instruct runs in transformers with our op as its attention, in chunks over a KV cache
-as a server runs it, every head under one policy. All policies read the same documents in turn, the
-first of them keeping everything, and losses are compared token by token. Weights and activations
-are float32, which is fast on any machine; attention is bfloat16.
+as a server runs it, every head under one policy or each under its own of a profile. All contenders
+read the same documents in turn, the first of them keeping everything, and losses are compared token
+by token. Weights and activations are float32, which is fast on any machine; attention is bfloat16.
 
 Tasks: `code` (library sources) and `docs` (Python's help topics), scored on the second half of each
 document; `copy`, half a document and the same again, scored on the repetition; `needles`, a number
@@ -43,6 +43,7 @@ from vllm_sparse_backend.demo.text import DIGITS, MODULES, NAMES, Needle
 from vllm_sparse_backend.ops import sparse_attention
 from vllm_sparse_backend.ops.cpu import core
 from vllm_sparse_backend.ops.policies import PolicyTable
+from vllm_sparse_backend.profile import Profile, load_profile
 from vllm_sparse_backend.selection import DENSE, UNIFORM_DEFAULT, parse_policy
 
 ATTENTION = "sparse_prefill"  # its name in transformers
@@ -63,9 +64,43 @@ class Document:
     prompt: int
 
 
+@dataclass(frozen=True)
+class Uniform:
+    """Every head under one policy."""
+
+    policy: Any
+
+    def layers(self, config: Any) -> list[Any]:
+        """For each layer what `PolicyTable.build` takes."""
+        return [self.policy] * config.num_hidden_layers
+
+    @property
+    def name(self) -> str:
+        given = self.policy.model_dump(exclude_unset=True, exclude={"selector"})
+        return " ".join([self.policy.selector, *(f"{name}={it}" for name, it in given.items())])
+
+
+@dataclass(frozen=True)
+class Profiled:
+    """Every head under the policy that a profile has for it."""
+
+    profile: Profile
+
+    def layers(self, config: Any) -> list[Any]:
+        """Likewise."""
+        return [self.profile.for_layer(layer) for layer in range(config.num_hidden_layers)]
+
+    @property
+    def name(self) -> str:
+        return f"{self.profile.name} {self.profile.digest.removeprefix('sha256:')[:6]}"
+
+
+Contender: TypeAlias = Uniform | Profiled
+
+
 @dataclass
 class Reading:
-    """What one policy made of a task's documents."""
+    """What one contender made of a task's documents."""
 
     losses: list[torch.Tensor] = field(default_factory=list)  # nats, one [scored] per document
     found: list[bool] = field(default_factory=list)  # greedy decoding would give the scored tokens
@@ -76,11 +111,11 @@ class Reading:
 
 
 class Case(BaseModel):
-    """What one policy gave on one task."""
+    """What one contender gave on one task."""
 
     task: str
     length: int
-    policy: dict[str, Any]
+    policy: str
     density: float  # computed / causal, of prefill
     perplexity: float
     change_percent: float  # of the perplexity, against dense
@@ -108,12 +143,15 @@ class Reader:
         self._chunk, self._min_prompt = chunk, min_prompt
 
     @torch.inference_mode()
-    def read(self, document: Document, policy: Any, reading: Reading) -> None:
-        """Add `document`, read under `policy`, to `reading`."""
+    def read(self, document: Document, contender: Contender, reading: Reading) -> None:
+        """Add `document`, read by `contender`, to `reading`."""
         from transformers import DynamicCache
 
-        heads = self._model.config.num_attention_heads
-        sparse, dense = (PolicyTable.build(p, heads) for p in (policy, DENSE))
+        config = self._model.config
+        sparse, dense = (
+            [PolicyTable.build(p, config.num_attention_heads) for p in its.layers(config)]
+            for its in (contender, Uniform(DENSE))
+        )
         cache = DynamicCache()
         hidden = []
         edges = [*range(0, document.prompt, self._chunk), document.prompt, len(document.ids)]
@@ -147,17 +185,20 @@ def _attention(
     key: torch.Tensor,
     value: torch.Tensor,
     *mask: Any,  # there is none: this attention is causal by itself
-    policies: PolicyTable,
+    policies: list[PolicyTable],
     reading: Reading,
     scaling: float,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """As transformers calls it: query [1, Hq, T, D], key and value [1, Hkv, S, D], with RoPE."""
     q, k, v = (x[0].transpose(0, 1).bfloat16() for x in (query, key, value))
-    out, stats = sparse_attention(q, k, v, policies, scaling)
-    tile = policies.tile_sizes[0]  # all heads have one policy
-    reading.computed += tile * sum(stats.tiles_computed)
-    reading.causal += tile * sum(stats.tiles_causal)
+    table = policies[module.layer_idx]  # type: ignore[index]
+    out, stats = sparse_attention(q, k, v, table, scaling)
+    for tile, computed, causal in zip(
+        table.tile_sizes, stats.tiles_computed, stats.tiles_causal, strict=True
+    ):
+        reading.computed += tile * computed
+        reading.causal += tile * causal
     reading.select_seconds += stats.select_seconds
     reading.attend_seconds += stats.attend_seconds
     return out[None].to(query.dtype), None
@@ -218,7 +259,7 @@ def _topics(rng: random.Random) -> Iterator[str]:
         yield "\n\n".join([*fresh, ""])
 
 
-def judge(task: Task, length: int, policy: Any, reading: Reading, dense: Reading) -> Case:
+def judge(task: Task, length: int, contender: Contender, reading: Reading, dense: Reading) -> Case:
     """Compare two readings of the same documents."""
     growth = [ours - its for ours, its in zip(reading.losses, dense.losses, strict=True)]
     every, means = torch.cat(growth), [float(document.mean()) for document in growth]
@@ -227,7 +268,7 @@ def judge(task: Task, length: int, policy: Any, reading: Reading, dense: Reading
     return Case(
         task=task,
         length=length,
-        policy=policy.model_dump(),
+        policy=contender.name,
         density=reading.computed / reading.causal,
         perplexity=math.exp(float(torch.cat(reading.losses).mean())),
         change_percent=100 * (ratio - 1),
@@ -240,14 +281,13 @@ def judge(task: Task, length: int, policy: Any, reading: Reading, dense: Reading
     )
 
 
-def show(task: Task, cases: Iterable[Case], policies: Iterable[Any]) -> None:
+def show(task: Task, cases: Iterable[Case]) -> None:
     """The cases of one task, as a table on stdout."""
     columns = ["density", "perplexity", "change %", "worst 1%", "select + attend s"]
     table = Table(task, *columns, *(["found"] if task is Task.NEEDLES else []))
-    for case, policy in zip(cases, policies, strict=True):
-        given = policy.model_dump(exclude_unset=True, exclude={"selector"})
+    for case in cases:
         table.add_row(
-            " ".join([policy.selector, *(f"{name}={value}" for name, value in given.items())]),
+            case.policy,
             f"{case.density:.3f}",
             f"{case.perplexity:.3f}",
             f"{case.change_percent:+.2f}"
@@ -268,6 +308,7 @@ def _policy(text: str) -> Any:
 
 def main(
     policy: Annotated[list[Any] | None, typer.Option(parser=_policy, help="JSON; repeat.")] = None,
+    profile: Annotated[list[Path] | None, typer.Option(help="A profile's file; repeat.")] = None,
     task: Annotated[list[Task] | None, typer.Option(help="All unless given; repeat.")] = None,
     length: Annotated[int, typer.Option(**RANGE, help="Tokens of a document.")] = 8192,
     needle_length: Annotated[int, typer.Option(**RANGE, help="Of those with needles.")] = 4096,
@@ -278,18 +319,20 @@ def main(
     as_json: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
 ) -> None:
     """What policies lose against dense attention: perplexity, copying, needles."""
-    policies = [DENSE, *(policy or [UNIFORM_DEFAULT])]
+    profiles = [Profiled(load_profile(path)) for path in profile or []]
+    uniform = policy or ([] if profiles else [UNIFORM_DEFAULT])
+    contenders: list[Contender] = [Uniform(DENSE), *map(Uniform, uniform), *profiles]
     done: list[dict[str, Any]] = []
     tasks = {each: needle_length if each is Task.NEEDLES else length for each in task or Task}
     reader = Reader(max(tasks.values()), chunk, min_prompt)  # one RoPE for all, as of a server
     for each, tokens in tasks.items():
         texts = make_documents(reader.encode, each, tokens, documents, seed)
-        pairs = [(its, Reading()) for its in policies]
+        pairs = [(its, Reading()) for its in contenders]
         turns = list(itertools.product(texts, pairs))
         for text, (its, reading) in track(turns, f"{each}, {tokens} tokens", console=stderr):
             reader.read(text, its, reading)
         cases = [judge(each, tokens, its, reading, pairs[0][1]) for its, reading in pairs]
-        show(each, cases, policies)
+        show(each, cases)
         done += [case.model_dump() for case in cases]
         if as_json:
             made = {"isa": core.active_isa(), "arguments": sys.argv[1:], "cases": done}

@@ -13,6 +13,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from vllm_sparse_backend.profile import ModelFacts, Profile
 from vllm_sparse_backend.selection import DENSE, Static, parse_policy
 
 SCRIPT = Path(__file__).parents[1] / "loadtest" / "quality.py"
@@ -43,7 +44,7 @@ def reader(quality: Any) -> Iterator[Any]:
 def read(quality: Any, reader: Any, documents: list[Any], policy: Any) -> Any:
     reading = quality.Reading()
     for document in documents:
-        reader.read(document, policy, reading)
+        reader.read(document, quality.Uniform(policy), reading)
     return reading
 
 
@@ -69,11 +70,24 @@ def test_keeping_everything_is_transformers_own_attention(
 def test_a_window_alone_cannot_copy(quality: Any, reader: Any) -> None:
     documents = quality.make_documents(reader.encode, quality.Task.COPY, TOKENS, 1, seed=0)
     dense, window = (read(quality, reader, documents, p) for p in (DENSE, WINDOW_ONLY))
-    case = quality.judge(quality.Task.COPY, TOKENS, WINDOW_ONLY, window, dense)
+    case = quality.judge(quality.Task.COPY, TOKENS, quality.Uniform(WINDOW_ONLY), window, dense)
     assert case.density < 0.5
     assert case.change_percent > 100
     assert case.error_percent is None  # of one document
     assert case.worst_nats > 1
+
+
+def test_a_profile_is_followed_layer_by_layer(quality: Any, reader: Any) -> None:
+    (document,) = quality.make_documents(reader.encode, quality.Task.COPY, TOKENS, 1, seed=0)
+    facts = ModelFacts(
+        architecture="LlamaForCausalLM", num_layers=30, num_heads=9, num_kv_heads=3, head_dim=64
+    )
+    window_late = {layer: dict.fromkeys(range(9), WINDOW_ONLY) for layer in range(15, 30)}
+    profile = Profile.build(facts, window_late, defaults=DENSE)
+    reading, whole = quality.Reading(), read(quality, reader, [document], WINDOW_ONLY)
+    reader.read(document, quality.Profiled(profile), reading)
+    assert reading.causal == whole.causal
+    assert reading.causal - reading.computed == (whole.causal - whole.computed) / 2
 
 
 def test_a_needle_is_found_and_out_of_the_window_lost(quality: Any, reader: Any) -> None:
@@ -121,7 +135,9 @@ def test_what_is_reported(quality: Any) -> None:
     ours = quality.Reading(
         [torch.tensor([1.0, 1.2]), torch.tensor([2.0, 2.0])], [False, False], computed=1, causal=4
     )
-    case = quality.judge(quality.Task.CODE, 4, parse_policy({"selector": "sale"}), ours, dense)
+    policy = quality.Uniform(parse_policy({"selector": "sale"}))
+    case = quality.judge(quality.Task.CODE, 4, policy, ours, dense)
+    assert case.policy == "sale"
     assert case.density == 0.25
     assert case.perplexity == pytest.approx(math.exp(1.55))
     assert case.change_percent == pytest.approx(100 * math.expm1(0.05))
