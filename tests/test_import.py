@@ -356,7 +356,7 @@ def test_import_writes_nothing_it_cannot_compute(
     theirs, out = write("theirs.json", json.dumps([layer(), slashed])), tmp_path / "ours.json"
     arguments = ["import", str(theirs), "--model", "org/name", "-o", str(out)]
     done = CliRunner().invoke(app, arguments)
-    assert done.exit_code == 1 and "layer 1, head 1 wants vertical_and_slash" in done.output
+    assert done.exit_code == 2 and "layer 1, head 1 wants vertical_and_slash" in done.output
     assert not out.exists()
     done = CliRunner().invoke(app, [*arguments, "--unsupported", "dense"])
     assert done.exit_code == 0, done.output

@@ -75,7 +75,6 @@ class _Scored(_Windowed):
         default=128, ge=0, le=1 << 20, description="last query tokens of a step, all scored"
     )
 
-
     def tau_at(self, context: int) -> float:
         """The threshold of a q block that ends at so many tokens of context.
 
