@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from vllm_sparse_backend import __version__
+from vllm_sparse_backend.calibrate.command import calibrate
 from vllm_sparse_backend.demo.command import demo, serve_demo
+from vllm_sparse_backend.evaluate.command import evaluate_
+from vllm_sparse_backend.exchange.command import export_command, import_command
+from vllm_sparse_backend.report.command import report
+from vllm_sparse_backend.report.estimation import estimate
+from vllm_sparse_backend.report.inspection import inspect
 
 if TYPE_CHECKING:
     from vllm_sparse_backend.doctor import Diagnosis, Model
@@ -20,6 +26,13 @@ app = typer.Typer(
 )
 app.command()(demo)
 app.command("serve-demo")(serve_demo)
+app.command("eval")(evaluate_)
+app.command("import")(import_command)
+app.command("export")(export_command)
+app.command()(inspect)
+app.command()(calibrate)
+app.command()(estimate)
+app.command()(report)
 
 ModelOption = Annotated[
     str | None, typer.Option(help="A model's folder or name, as `vllm serve` takes it.")

@@ -4,11 +4,15 @@ Rates are shipped and not taken at start, so that two starts of a server decide 
 decided here is whether a prompt is approximated. Only their ratios matter, which differ less
 between machines with the same instruction set than the rates do. ``loadtest/kernels.py`` measures
 them; those of ``avx512`` and ``avx512_vnni`` are scaled from the others by their peaks.
+
+The matrix products' rates decide nothing; `vllm-sparse estimate` tells by them what attention's
+share of a prefill is.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from vllm_sparse_backend.selection import AnyPolicy, Dense, Static, keeps_all
@@ -28,16 +32,28 @@ class Rates:
     base: float  # CPU_ATTN
     score: float  # selectors' estimates, at 4 or 6 bits
     score_8: float  # at 8
+    matmul: Mapping[str, float]  # the model's matrix products, by dtype
     call_seconds: float = 2e-4  # what a call costs however short, over one of CPU_ATTN
     block_seconds: float = 5e-6  # what selecting costs a head and q block, however few its keys
 
 
+# Without BF16 instructions, AVX-512 is taken to convert at about the cost of the products.
+_MATMUL_512 = {"float32": 170, "bfloat16": 85, "float16": 85}
 RATES = {
-    "avx512_bf16": Rates(attend=300, base=160, score=450, score_8=450),
-    "avx512_vnni": Rates(attend=175, base=160, score=450, score_8=450),
-    "avx512": Rates(attend=175, base=160, score=400, score_8=200),
-    "avx2": Rates(attend=70, base=32, score=180, score_8=90),
-}
+    "avx512_bf16": Rates(
+        attend=300, base=160, score=450, score_8=450,
+        matmul={"float32": 170, "bfloat16": 330, "float16": 170},
+    ),
+    "avx512_vnni": Rates(attend=175, base=160, score=450, score_8=450, matmul=_MATMUL_512),
+    "avx512": Rates(attend=175, base=160, score=400, score_8=200, matmul=_MATMUL_512),
+    "avx2": Rates(
+        attend=70, base=32, score=180, score_8=90,
+        matmul={"float32": 72, "bfloat16": 8.7, "float16": 8.7},
+    ),
+}  # fmt: skip
+# Instruction set and dtype, of products of SmolLM2's sizes; that of avx512_bf16 follows from what a
+# whole prefill of it takes. All other rates of matrix products are predicted from peaks.
+MATMUL_MEASURED = {("avx512_bf16", "bfloat16"), ("avx2", "float32"), ("avx2", "bfloat16")}
 
 
 def attend_seconds(isa: str, rows: int, context: int, heads: int, head_dim: int) -> float:
@@ -49,6 +65,50 @@ def attend_seconds(isa: str, rows: int, context: int, heads: int, head_dim: int)
 def base_seconds(isa: str, rows: int, context: int, heads: int, head_dim: int) -> float:
     """Of CPU_ATTN, for the same."""
     return _operations(rows, context, heads, head_dim) / RATES[isa].base * 1e-9
+
+
+def selection_seconds(
+    isa: str, policy: AnyPolicy, rows: int, context: int, heads: int, head_dim: int
+) -> float:
+    """Of choosing the tiles of ``heads`` heads with this policy, in a step of the last ``rows`` of
+    ``context`` tokens. 0 where nothing is scored: for `dense`, for `static`, and at a threshold
+    of 0.
+    """
+    if isinstance(policy, Dense | Static) or keeps_all(policy):
+        return 0.0
+    window = policy.sink + policy.local
+    first, end = (context - rows) // Q_BLOCK * Q_BLOCK, context
+    scored = range(max(first, window // Q_BLOCK * Q_BLOCK + Q_BLOCK), end, Q_BLOCK)
+    keys = sum(scored) - len(scored) * window  # beyond sink and window, summed over q blocks
+    sampled = keys * Q_BLOCK / policy.row_stride
+    tail = min(policy.tail, rows) * (1 - 1 / policy.row_stride) * max(0, end - window - Q_BLOCK)
+    rates = RATES[isa]
+    rate = rates.score_8 if policy.bits == 8 else rates.score
+    of_a_head = 2 * head_dim * (sampled + tail) / rate * 1e-9 + len(scored) * rates.block_seconds
+    return heads * of_a_head
+
+
+def sparse_seconds(
+    isa: str,
+    policy: AnyPolicy,
+    rows: int,
+    context: int,
+    heads: int,
+    head_dim: int,
+    density: float,
+) -> float:
+    """Of ``heads`` heads with this policy that keep ``density`` of their tiles: selection, and
+    attention over what is kept.
+
+    Without `Rates.call_seconds`, which all heads of a layer share and `attend_seconds` counts.
+    """
+    attend = _operations(rows, context, heads, head_dim) / RATES[isa].attend * 1e-9
+    return density * attend + selection_seconds(isa, policy, rows, context, heads, head_dim)
+
+
+def matmul_seconds(isa: str, dtype: str, tokens: int, parameters: float) -> float:
+    """Of a prompt's matrix products with ``parameters`` weights, every token with each of them."""
+    return 2.0 * tokens * parameters / RATES[isa].matmul[dtype] * 1e-9
 
 
 def core_wins_from(isa: str, heads: int, head_dim: int) -> int:

@@ -1,0 +1,65 @@
+"""What the commands share: how they read options and how they refuse."""
+
+from __future__ import annotations
+
+import pytest
+import typer
+
+from vllm_sparse_backend.errors import SparsePrefillError
+from vllm_sparse_backend.options import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    Refused,
+    errors_named,
+    json_object,
+    parse_lengths,
+)
+
+
+def test_lengths() -> None:
+    assert parse_lengths("8192,4096, 4096") == [4096, 8192]
+    for text in ("", "4096,", "many", "0", "-1,5", "4k"):
+        with pytest.raises(Refused, match=r"--of: want numbers with commas between them, got"):
+            parse_lengths(text, "--of")
+
+
+def test_json_objects() -> None:
+    assert json_object(None, "--x") is None
+    assert json_object('{"a": 1}', "--x") == {"a": 1}
+    for text, said in (("{", "want JSON"), ("[1]", "want a JSON object"), ("1", "want a JSON")):
+        with pytest.raises(Refused, match=f"--x: {said}"):
+            json_object(text, "--x")
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (SparsePrefillError("the thing"), EXIT_FAILED, "error: the thing\n"),
+        (Refused("the option"), EXIT_FAILED, "error: the option\n"),
+        (
+            FileNotFoundError(2, "No such file", "x.json"),
+            EXIT_FAILED,
+            "error: x.json: No such file\n",
+        ),
+        (ModuleNotFoundError("No module named 'jinja2'"), EXIT_FAILED, "pip install"),
+        (KeyboardInterrupt(), EXIT_INTERRUPTED, "cut off\n"),
+        (ZeroDivisionError("a bug"), EXIT_FAILED, "ZeroDivisionError: a bug"),
+    ],
+)
+def test_errors_become_a_message_and_a_status(
+    error: BaseException, status: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(typer.Exit) as end, errors_named("cut off"):
+        raise error
+    assert end.value.exit_code == status
+    shown = capsys.readouterr()
+    assert said in shown.err
+    assert not shown.out
+
+
+def test_exits_and_usage_errors_pass_through() -> None:
+    with pytest.raises(typer.Exit) as end, errors_named():
+        raise typer.Exit(1)
+    assert end.value.exit_code == 1
+    with pytest.raises(typer.BadParameter), errors_named():
+        raise typer.BadParameter("usage")

@@ -1,0 +1,270 @@
+"""`vllm-sparse calibrate`. Nothing heavy is imported before it runs."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from vllm_sparse_backend.options import (
+    ChunkTokens,
+    Dtype,
+    HfOverrides,
+    Refused,
+    errors_named,
+    json_object,
+    parse_lengths,
+)
+
+if TYPE_CHECKING:
+    from vllm_sparse_backend.calibrate.results import Measurement
+    from vllm_sparse_backend.calibrate.run import Progress
+
+SHORTEST = 2304  # tokens; up to `min_prompt_tokens`, 2048, nothing is sparse
+
+
+def calibrate(
+    model: Annotated[
+        str, typer.Argument(help="A model's folder or name, as `vllm serve` takes it.")
+    ],
+    text: Annotated[
+        list[Path],
+        typer.Option(help="A file or folder of text like that which will be served; repeat."),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The profile's file.")] = Path(
+        "profile.json"
+    ),
+    lengths: Annotated[
+        str, typer.Option(metavar="N,N,...", help="Tokens of the documents made of the text.")
+    ] = "4096,8192",
+    error: Annotated[
+        float,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            help="The error budget: relative L1 of a head's output against dense attention, in "
+            "every kind of text at every length. 0: all dense; 1: as little as there is.",
+        ),
+    ] = 0.02,
+    tail_error: Annotated[
+        float,
+        typer.Option(min=0.0, help="The same for the worst 1% of a head's rows; 0: no bound."),
+    ] = 0.0,
+    rule: Annotated[
+        Literal["head", "global", "sale", "minference"],
+        typer.Option(
+            help="head: every head within the budget. global: their mean within it, spent where "
+            "it buys most. sale: SALE's own, with --theta. minference: the least error for --work."
+        ),
+    ] = "head",
+    theta: Annotated[
+        float, typer.Option(min=0.0, help="Of rule sale: absolute error per row.")
+    ] = 0.4,
+    work: Annotated[
+        float,
+        typer.Option(min=0.0, max=1.0, help="Of rule minference: time over that of dense."),
+    ] = 0.25,
+    copies: Annotated[
+        bool, typer.Option(help="Also read text that is said twice, which copying heads need.")
+    ] = True,
+    retrieval: Annotated[
+        bool, typer.Option(help="Also read key-value pairs that are asked for.")
+    ] = True,
+    documents: Annotated[int, typer.Option(min=1, help="Of each kind and length.")] = 1,
+    blocks: Annotated[
+        int, typer.Option(min=1, help="Blocks of 64 queries measured of a document.")
+    ] = 16,
+    seed: Annotated[int, typer.Option(help="Another gives other documents of the text.")] = 0,
+    as_served: Annotated[
+        bool,
+        typer.Option(
+            "--as-served",
+            help="Measure once more behind the profile found first, so that the errors of earlier "
+            "layers are part of what a layer is measured on; twice the time.",
+        ),
+    ] = False,
+    chunk_tokens: ChunkTokens = None,
+    dtype: Dtype = "auto",
+    hf_overrides: HfOverrides = None,
+    name: Annotated[
+        str | None, typer.Option(help="The profile's name. Default: the model's.")
+    ] = None,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print the measurement as JSON, not a table.")
+    ] = False,
+) -> None:
+    """Fit a profile to a model: the cheapest policy of each head within an error budget.
+
+    Reads documents made of your text through vLLM itself, chunks, RoPE and all,
+    and measures in every layer and head what each threshold of each selector
+    would do to the output, exactly, on blocks of queries from the whole length.
+    Writes the profile and, beside it, what was measured (.measurement.json).
+
+    What was measured of a document stays in a folder beside the profile (.parts):
+    an interrupted calibration goes on from there, and another --error or --rule
+    chooses anew without reading anything again. Delete it when you are done.
+
+    \b
+    Examples:
+      vllm-sparse calibrate ./model --text src/ --text notes.txt -o profile.json
+      vllm-sparse calibrate ./model --text src/ --lengths 8192,32768 --error 0.01
+      vllm-sparse calibrate ./model --text src/ --rule global --error 0.02
+      vllm-sparse calibrate ./model --text src/ --rule sale --theta 0.4
+
+    \b
+    Then:
+      vllm-sparse eval ./model --profile profile.json
+      vllm serve ./model --attention-backend sparse_prefill \\
+        --additional-config '{"sparse_prefill": {"profile": "profile.json"}}'
+
+    \b
+    Exit status:
+      0    the profile is written
+      2    it did not run, or could not be finished; the message says why
+      130  interrupted
+    """
+    budget = {"sale": theta, "minference": work}.get(rule, error)
+    with errors_named(
+        f"interrupted; what was measured stays in {output.with_suffix('.parts')}, and the same "
+        "command goes on from there"
+    ):
+        from vllm_sparse_backend.calibrate.documents import make_documents
+        from vllm_sparse_backend.calibrate.rules import Rule
+        from vllm_sparse_backend.calibrate.run import Wanted, look_at
+        from vllm_sparse_backend.calibrate.run import calibrate as run
+        from vllm_sparse_backend.demo.machine import fast_dtype
+        from vllm_sparse_backend.demo.model import ensure_model
+        from vllm_sparse_backend.demo.plan import read_facts
+        from vllm_sparse_backend.demo.progress import warn_if_busy
+        from vllm_sparse_backend.offline import EngineOptions
+        from vllm_sparse_backend.tasks.catalog import Task
+        from vllm_sparse_backend.tasks.source import read_sources
+        from vllm_sparse_backend.tasks.stream import TokenStream
+
+        chosen = parse_lengths(lengths)
+        overrides = json_object(hf_overrides, "--hf-overrides")
+        path = ensure_model(model)
+        facts = read_facts(path, packaged=False)
+        _check_lengths(
+            chosen, (overrides or {}).get("max_position_embeddings", facts.max_positions)
+        )
+        from transformers import AutoTokenizer
+
+        sources = read_sources(text)
+        streams = [TokenStream(AutoTokenizer.from_pretrained(path), source) for source in sources]
+        kinds = [
+            Task.TEXT,
+            *([Task.COPY] if copies else []),
+            *([Task.RECORDS] if retrieval else []),
+        ]
+        prompts = make_documents(streams, kinds, chosen, documents, seed)
+        look = look_at(str(path))
+        chosen_dtype = fast_dtype() if dtype == "auto" else dtype
+        wanted = Wanted(
+            options=EngineOptions(
+                model=str(path),
+                max_model_len=max(chosen),
+                chunk_tokens=chunk_tokens or 2048,
+                dtype=chosen_dtype,
+                hf_overrides=overrides,
+                kv_gib=look.kv_gib(max(chosen), chosen_dtype),
+            ),
+            name=name or path.name,
+            texts=tuple(Path(read).name for source in sources for read in source.read),
+            lengths=tuple(chosen),
+            rule=Rule(rule),
+            budget=budget,
+            tail=tail_error or float("inf"),
+            blocks=blocks,
+            seed=seed,
+            output=output,
+            as_served=as_served,
+        )
+        warn_if_busy()
+        with _bar(len(prompts) * (1 + as_served)) as progress:
+            _, measurement = run(wanted, look, prompts, progress)
+    if json:
+        typer.echo(measurement.model_dump_json(indent=2))
+    else:
+        _show(measurement)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    minutes = measurement.seconds / 60
+    typer.echo(f"profile: {output}; {minutes:.1f} minutes, {peak:.1f} GiB of memory", err=True)
+
+
+def _check_lengths(lengths: list[int], positions: int) -> None:
+    for length in lengths:
+        if length < SHORTEST:
+            raise Refused(
+                f"--lengths: want at least {SHORTEST}, below which hardly anything is sparse, "
+                f"got {length}"
+            )
+        if length > positions:
+            raise Refused(
+                f"--lengths: the model has {positions} positions, got {length}; scaling its RoPE "
+                'takes --hf-overrides \'{"rope_parameters": {...}, "max_position_embeddings": N}\''
+            )
+
+
+def _show(measurement: Measurement) -> None:
+    from collections import Counter
+
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        "tokens", "density", "error", "worst 1%", "recall", "attention, predicted",
+        title=f"{measurement.name}, rule {measurement.rule}, budget {measurement.budget:g}",
+    )  # fmt: skip
+    for length, seconds in measurement.predicted.items():
+        its = [head.figures[length] for head in measurement.heads]
+
+        def mean(name: str, its: list[Any] = its) -> float:
+            return sum(getattr(one, name) for one in its) / len(its)
+
+        table.add_row(
+            f"{length:,}",
+            f"{mean('density'):.3f}",
+            f"{mean('error'):.4f}",
+            f"{mean('tail'):.3f}",
+            f"{mean('recall'):.4f}",
+            f"{seconds.base / seconds.sparse:.1f} x CPU_ATTN",
+        )
+    Console(highlight=False).print(table)
+    counted = Counter(head.policy.selector for head in measurement.heads)
+    typer.echo("heads: " + ", ".join(f"{count} {name}" for name, count in counted.most_common()))
+
+
+@contextmanager
+def _bar(documents: int) -> Iterator[Progress]:
+    """A bar of the documents, each as long as its layers and chunks are many."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
+
+    from vllm_sparse_backend.calibrate.run import Progress
+    from vllm_sparse_backend.demo.progress import console
+
+    with Bar(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        console=console,
+    ) as bar:  # fmt: skip
+        whole = bar.add_task("documents", total=documents)
+        one = bar.add_task("", visible=False)
+
+        class Shown(Progress):
+            def document(self, name: str, steps: int, reused: bool) -> None:
+                if reused:
+                    bar.advance(whole)
+                    return
+                bar.reset(one, description=name, total=steps, visible=True)
+
+            def advance(self) -> None:
+                bar.advance(one)
+                if bar.tasks[one].finished:
+                    bar.advance(whole)
+
+        yield Shown()

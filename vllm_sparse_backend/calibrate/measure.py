@@ -1,0 +1,189 @@
+"""What every setting of every ladder does to sampled q blocks, against exact attention.
+
+For a q block of one head: scores, softmax and each tile's share of the output once, in fp32; then,
+for each ladder, those shares summed by the last setting that keeps the tile, so that the outputs of
+all settings are running sums. That costs little more than dense attention to the block.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.nn.functional import pad
+
+from vllm_sparse_backend.calibrate.candidates import LADDERS, SCORED, TILE, levels, octave_of
+from vllm_sparse_backend.ops.tiles import QBlock, q_blocks
+from vllm_sparse_backend.selection.estimate import estimates
+
+WORST = 0.01  # share of the rows whose error is the tail error
+TILES_AT_ONCE = 1024  # whose shares of the output are held: 17 MB at head_dim 64
+
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of one q block, head and ladder of G settings, R rows."""
+
+    error: torch.Tensor  # [G, R] sum over channels of |O~ - O|
+    mass: torch.Tensor  # [G] share of the softmax mass that is kept, summed over rows
+    kept: torch.Tensor  # [G] keys of whole tiles
+
+
+def sampled(query_len: int, seq_len: int, count: int, rng: random.Random) -> list[QBlock]:
+    """At most ``count`` whole q blocks of a step, one from each of as many equal parts of it.
+
+    The last part gives the last block there is, whole or not: questions stand at the end.
+    """
+    blocks = q_blocks(query_len, seq_len)
+    count = min(count, len(blocks))
+    edges = [round(i * len(blocks) / count) for i in range(count + 1)]
+    chosen = [rng.choice(blocks[a:b]) for a, b in itertools.pairwise(edges)]
+    return [*chosen[:-1], blocks[-1]]
+
+
+def outcomes(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, blocks: Sequence[QBlock]
+) -> Iterator[tuple[QBlock, torch.Tensor, list[Outcome]]]:
+    """For each q block: itself, the size of its exact output [R], an outcome per ladder.
+
+    One head: ``q`` [T, D] are the last T of the positions of ``k``, ``v`` [S, D], all fp32.
+    """
+    offset = len(k) - len(q)
+    for block, scores in zip(blocks, estimates(SCORED, q, k, scale, blocks), strict=True):
+        rows = q[block.first - offset : block.end - offset]
+        s = scale * (rows @ k[: block.end].T)  # [R, end]
+        position = torch.arange(block.first, block.end)
+        s.masked_fill_(torch.arange(block.end) > position[:, None], -torch.inf)
+        p = s.softmax(1)
+        kept_by = [levels(ladder, block, scores) for ladder in LADDERS]  # [tiles] each
+        added = _added(p, v[: block.end], kept_by)
+        exact = added[0].sum(0)[:-1]  # [D, R]
+        found = [_outcome(its, keys, exact) for its, keys in zip(added, kept_by, strict=True)]
+        yield block, exact.abs().sum(0), found
+
+
+def _added(p: torch.Tensor, v: torch.Tensor, kept_by: list[torch.Tensor]) -> list[torch.Tensor]:
+    """What the tiles that the first n settings keep, and no more, add to the output: by ladder,
+    [settings + 1, D + 1, R], where the last channel is their mass. ``p`` [R, end], ``v`` [end, D].
+    """
+    tiles, rows = len(kept_by[0]), len(p)
+    missing = TILE * tiles - len(v)
+    p = pad(p.T, (0, 0, 0, missing)).view(tiles, TILE, rows)
+    v = pad(v, (0, 1, 0, missing), value=1.0).view(tiles, TILE, -1).transpose(1, 2)
+    made = [torch.zeros(len(its.settings) + 1, v.shape[1], rows) for its in LADDERS]
+    for some in range(0, tiles, TILES_AT_ONCE):
+        these = slice(some, some + TILES_AT_ONCE)
+        part = v[these] @ p[these]  # [tiles, D + 1, R]
+        for sums, keys in zip(made, kept_by, strict=True):
+            sums.index_add_(0, keys[these], part)
+    return made
+
+
+def _outcome(added: torch.Tensor, kept_by: torch.Tensor, exact: torch.Tensor) -> Outcome:
+    count = len(added) - 1
+    sums = added.flip(0).cumsum(0)[:count].flip(0)  # [G, D + 1, R]: setting g keeps levels > g
+    mass = sums[:, -1]
+    error = (sums[:, :-1] / mass[:, None] - exact).abs().sum(1)
+    kept = torch.bincount(kept_by, minlength=count + 1).flip(0).cumsum(0)[:count].flip(0)
+    return Outcome(error, mass.sum(1), kept * TILE)
+
+
+@dataclass
+class Sums:
+    """Of one layer of one document: per q head, octave of context and setting.
+
+    ``size`` [H, octaves] is the sum of |O|, ``rows`` and ``causal`` [octaves] count rows and keys;
+    by ladder, ``error``, ``worst`` (of the worst 1% of the rows), ``mass``, ``kept`` are [H,
+    octaves, G], ``worst_size`` [H, octaves, G] is the sum of |O| of those rows.
+    """
+
+    octaves: list[int]
+    size: Array
+    rows: Array
+    causal: Array
+    error: list[Array]
+    worst: list[Array]
+    worst_size: list[Array]
+    mass: list[Array]
+    kept: list[Array]
+
+
+@dataclass
+class _Pieces:
+    sizes: list[torch.Tensor] = field(default_factory=list)  # [R]
+    outcomes: list[list[Outcome]] = field(default_factory=list)
+    causal: list[int] = field(default_factory=list)
+
+
+class LayerRecord:
+    """Collects one layer's outcomes over a document's steps."""
+
+    def __init__(self, heads: int) -> None:
+        self._pieces: list[dict[int, _Pieces]] = [{} for _ in range(heads)]
+
+    def add(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float,
+        blocks: Sequence[QBlock],
+    ) -> None:
+        """A step: ``q`` [T, Hq, D] are the last T of the positions of ``k``, ``v`` [S, Hkv, D]."""
+        group = q.shape[1] // k.shape[1]
+        for head, pieces in enumerate(self._pieces):
+            if head % group == 0:
+                keys, values = (x[:, head // group].float() for x in (k, v))
+            for block, size, found in outcomes(q[:, head].float(), keys, values, scale, blocks):
+                into = pieces.setdefault(octave_of(block.end), _Pieces())
+                into.sizes.append(size)
+                into.outcomes.append(found)
+                into.causal.append(-(-block.end // TILE) * TILE)
+
+    def sums(self) -> Sums:
+        """What has been collected, summed up. Raises ValueError if that is nothing."""
+        octaves = sorted(self._pieces[0])
+        if not octaves:
+            raise ValueError("no q block was measured")
+        made = [[_summed(pieces[octave]) for octave in octaves] for pieces in self._pieces]
+
+        def stacked(name: str, ladder: int) -> Array:
+            return np.array([[octave[name][ladder] for octave in head] for head in made])
+
+        by_ladder = {
+            name: [stacked(name, ladder) for ladder in range(len(LADDERS))]
+            for name in ("error", "worst", "worst_size", "mass", "kept")
+        }
+        first = self._pieces[0]
+        return Sums(
+            octaves,
+            np.array([[octave["size"] for octave in head] for head in made], dtype=np.float64),
+            np.array([sum(map(len, first[o].sizes)) for o in octaves], dtype=np.float64),
+            np.array([sum(first[o].causal) for o in octaves], dtype=np.float64),
+            **by_ladder,
+        )
+
+
+def _summed(pieces: _Pieces) -> dict[str, list[Array]]:
+    size = torch.cat(pieces.sizes).double()
+    worst_count = math.ceil(WORST * len(size))
+    found: dict[str, list[Array]] = {"size": size.sum().item()}  # type: ignore[dict-item]
+    for name in ("error", "worst", "worst_size", "mass", "kept"):
+        found[name] = []
+    for its in zip(*pieces.outcomes, strict=True):
+        error = torch.cat([outcome.error for outcome in its], 1).double()  # [G, rows]
+        worst = (error / size.clamp(min=1e-30)).topk(worst_count, 1).indices
+        found["error"].append(error.sum(1).numpy())
+        found["worst"].append(error.gather(1, worst).sum(1).numpy())
+        found["worst_size"].append(size.expand_as(error).gather(1, worst).sum(1).numpy())
+        found["mass"].append(sum(o.mass.double() for o in its).numpy())
+        found["kept"].append(sum(o.kept.double() for o in its).numpy())
+    return found

@@ -1,0 +1,72 @@
+"""What is finished of a calibration, in a folder: a document's sums in a file each.
+
+So a calibration that was interrupted goes on where it was, and another budget or rule needs nothing
+to be read again. A file counts only if it was made from the same document under the same settings,
+which a key in it says.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Any
+
+from vllm_sparse_backend.calibrate.table import Group, Part
+from vllm_sparse_backend.errors import SparsePrefillError
+
+BY_LADDER = ("error", "worst", "worst_size", "mass", "kept")
+SINGLE = ("size", "rows", "causal")
+
+
+class PartsFolder:
+    """The finished documents of one calibration."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def load(self, name: str, key: str, group: Group) -> Part | None:
+        """A document's part, if it has been finished under this key."""
+        from safetensors import SafetensorError, safe_open
+
+        path = self._path(name)
+        if not path.is_file():
+            return None
+        try:
+            with safe_open(path, framework="numpy") as file:
+                if (file.metadata() or {}).get("key") != key:
+                    return None
+                tensors = {each: file.get_tensor(each) for each in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError):  # cut off, or something else of that name
+            return None
+        ladders = range(sum(each.startswith("error.") for each in tensors))
+        fields: dict[str, Any] = {each: tensors[each] for each in SINGLE}
+        fields |= {each: [tensors[f"{each}.{n}"] for n in ladders] for each in BY_LADDER}
+        return Part(group=group, octaves=tensors["octaves"].tolist(), **fields)
+
+    def save(self, name: str, key: str, part: Part) -> None:
+        """Write a finished document's, whole or not at all. Raises SparsePrefillError."""
+        import numpy as np
+        from safetensors.numpy import save_file
+
+        tensors = {"octaves": np.array(part.octaves, dtype=np.int64)}
+        tensors |= {each: np.ascontiguousarray(getattr(part, each)) for each in SINGLE}
+        for each in BY_LADDER:
+            arrays = getattr(part, each)
+            tensors |= {f"{each}.{n}": np.ascontiguousarray(x) for n, x in enumerate(arrays)}
+        path = self._path(name)
+        scratch = path.with_suffix(".new")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, scratch, metadata={"key": key})
+            os.replace(scratch, path)
+        except Exception as error:  # safetensors has an error of its own for a full disk
+            with contextlib.suppress(OSError):
+                scratch.unlink()
+            raise SparsePrefillError(
+                f"{path}: cannot be written ({error}); the documents finished so far stay in "
+                f"{self.folder}, and the same command goes on from there"
+            ) from error
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"

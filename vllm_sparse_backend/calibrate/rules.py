@@ -1,0 +1,107 @@
+"""Which policy each head gets: pure functions of the table.
+
+All of them look at every candidate, so that none depends on where a search would have begun.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_sparse_backend.calibrate.candidates import SALE_START
+from vllm_sparse_backend.calibrate.table import Floats, Table
+
+Choice = npt.NDArray[np.intp]  # [L, H], into the table's candidates
+
+SALE_LEAST = 1e-4  # at which threshold SALE gives up and computes the head densely
+BISECTIONS = 60
+
+
+class Rule(StrEnum):
+    """How heads are chosen for."""
+
+    HEAD = "head"
+    GLOBAL = "global"
+    SALE = "sale"
+    MINFERENCE = "minference"
+
+
+def choose(table: Table, cost: Floats, rule: Rule, budget: float, tail: float = np.inf) -> Choice:
+    """A candidate for every head. ``cost`` [C, L, H] is what each would take.
+
+    - head: the cheapest whose relative L1 is within ``budget`` in every group, and that of its
+      worst 1% of rows within ``tail``.
+    - global: the cheapest of all choices whose errors, each in its worst group, have a mean within
+      ``budget``, and none a tail beyond ``tail``: error is spent where it buys most.
+    - sale: SALE's own (arXiv 2505.24179, section 3.3): from 0.008 on the threshold is halved until
+      the absolute error per row is below ``budget`` (its theta) in every group.
+    - minference: MInference's (arXiv 2407.02490, section 3.2): of what takes at most ``budget`` of
+      the time to keep all, the one with the least error.
+    """
+    error = table.error.max(1)  # [C, L, H], of the worst group
+    allowed = table.tail.max(1) <= tail
+    allowed[-1] = True
+    if rule is Rule.HEAD:
+        return _cheapest(cost, allowed & (error <= _limit(budget)))
+    if rule is Rule.GLOBAL:
+        return _spent_best(cost, error, allowed, _limit(budget))
+    if rule is Rule.SALE:
+        return _halved(table, budget)
+    return _least_error(cost, error, budget)
+
+
+def _limit(budget: float) -> float:
+    """No error at all means dense, and an error of 1, which is that of an output of zeros, any."""
+    return -1.0 if budget == 0 else np.inf if budget >= 1 else budget
+
+
+def _cheapest(cost: Floats, allowed: npt.NDArray[np.bool_]) -> Choice:
+    allowed = allowed.copy()
+    allowed[-1] = True  # dense
+    return np.where(allowed, cost, np.inf).argmin(0)
+
+
+def _spent_best(
+    cost: Floats, error: Floats, allowed: npt.NDArray[np.bool_], budget: float
+) -> Choice:
+    """The minimum of cost + price * error, at the lowest price that keeps the mean within."""
+    if budget < 0 or np.isinf(budget):
+        return _cheapest(cost, allowed & (error <= budget))
+
+    def at(log_price: float) -> Choice:
+        return _cheapest(cost + 2.0**log_price * error, allowed)
+
+    low, high = -40.0, 40.0
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        mean = np.take_along_axis(error, at(middle)[None], 0).mean()
+        low, high = (low, middle) if mean <= budget else (middle, high)
+    return at(high)
+
+
+def _halved(table: Table, theta: float) -> Choice:
+    absolute = table.absolute.max(1)
+    dense = len(table.candidates) - 1
+    choice = np.full(absolute.shape[1:], dense, dtype=np.intp)
+    halvings = [
+        i
+        for i, its in enumerate(table.candidates)
+        if its.ladder == 0 and its.slope == 0 and _is_halving(its.policy.tau)  # type: ignore[union-attr]
+    ]
+    for i in halvings:  # ascending, so that the largest within the budget stays
+        choice[absolute[i] < theta] = i
+    return choice
+
+
+def _is_halving(tau: float) -> bool:
+    octaves = np.log2(SALE_START / tau)
+    return bool(tau > SALE_LEAST and octaves > -0.01 and abs(octaves - round(octaves)) < 0.01)
+
+
+def _least_error(cost: Floats, error: Floats, work: float) -> Choice:
+    affordable = cost <= work
+    cheapest = cost.argmin(0)
+    best = np.where(affordable, error, np.inf).argmin(0)
+    return np.where(affordable.any(0), best, cheapest)

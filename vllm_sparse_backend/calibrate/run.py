@@ -1,0 +1,218 @@
+"""Calibrates: reads documents through vLLM, tabulates, chooses, writes.
+
+The engine keeps every tile, so that what a layer is measured on is what dense attention passes on,
+as in SALE. ``as_served`` measures once more behind the profile that this gave: a layer then gets
+what a server's would, the errors of all layers before it included.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_sparse_backend import __version__
+from vllm_sparse_backend.calibrate.candidates import LADDERS
+from vllm_sparse_backend.calibrate.documents import Document
+from vllm_sparse_backend.calibrate.parts import PartsFolder
+from vllm_sparse_backend.calibrate.record import Recorder
+from vllm_sparse_backend.calibrate.results import Measurement, measurement_of, parts_of
+from vllm_sparse_backend.calibrate.rules import Rule, choose
+from vllm_sparse_backend.calibrate.summary import profile_of, summary_of
+from vllm_sparse_backend.calibrate.table import Part, relative_cost, tabulate
+from vllm_sparse_backend.config import SparseConfig
+from vllm_sparse_backend.errors import SparsePrefillError
+from vllm_sparse_backend.offline import EngineOptions, engine
+from vllm_sparse_backend.profile import ModelFacts, Profile
+from vllm_sparse_backend.selection import DENSE
+
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+DENSE_CONFIG: dict[str, Any] = {"policy": DENSE.model_dump()}
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What was asked for."""
+
+    options: EngineOptions
+    name: str
+    texts: tuple[str, ...]  # what was read, by name
+    lengths: tuple[int, ...]
+    rule: Rule
+    budget: float
+    tail: float
+    blocks: int  # q blocks measured of a document, in every layer and head
+    seed: int
+    output: Path
+    as_served: bool = False
+
+
+@dataclass(frozen=True)
+class Model:
+    """What has to be known of it beforehand."""
+
+    facts: ModelFacts
+    sparse_layers: tuple[int, ...]
+
+    def kv_gib(self, tokens: int, dtype: str) -> int:
+        """Of the KV cache for one prompt of so many tokens, and a tenth to spare."""
+        facts = self.facts
+        of_token = facts.num_layers * 2 * facts.num_kv_heads * facts.head_dim * DTYPE_BYTES[dtype]
+        return math.ceil(1.1 * tokens * of_token / 2**30)
+
+
+class Progress:
+    """Told how far it is; a screen's or nobody's."""
+
+    def document(self, name: str, steps: int, reused: bool) -> None:
+        """One begins, of so many layers times chunks, or was finished by an earlier run."""
+
+    def advance(self) -> None:
+        """A layer of a chunk is done."""
+
+
+def look_at(model: str) -> Model:
+    """The model's facts and which layers can be sparse.
+
+    Raises SparsePrefillError if vLLM cannot serve it, or if no layer can be sparse.
+    """
+    from vllm_sparse_backend.backend import expect, start
+    from vllm_sparse_backend.doctor import configuration, quiet
+
+    with quiet():
+        vllm_config = configuration(model)
+        facts = start.facts_of(vllm_config.model_config)
+        reasons = expect.reasons(vllm_config, start.capabilities())
+    sparse = tuple(layer for layer, reason in enumerate(reasons) if reason is None)
+    if not sparse:
+        counted = ", ".join(f"{reason} ({n})" for reason, n in Counter(reasons).items())
+        raise SparsePrefillError(
+            f"model {model}: want layers that can be sparse, got none: {counted}"
+        )
+    return Model(facts, sparse)
+
+
+def calibrate(
+    wanted: Wanted, model: Model, documents: Sequence[Document], progress: Progress
+) -> tuple[Profile, Measurement]:
+    """Measure, choose, and write the profile with its measurement beside it.
+
+    What is measured stays in the folder that `parts_of` names, for a calibration that was cut off
+    as for another rule or budget. Raises SparsePrefillError.
+    """
+    from vllm_sparse_backend.ops.cpu import core
+
+    started = time.perf_counter()
+    folder = PartsFolder(parts_of(wanted.output))
+    made = None
+    for again in (False, True) if wanted.as_served else (False,):
+        served = {"profile": str(wanted.output.resolve())} if again else DENSE_CONFIG
+        followed = made[0].digest if made else "dense"
+        parts = _parts(wanted, model, documents, progress, folder, served, followed)
+        table = tabulate(parts)
+        isa = core.active_isa()
+        cost = relative_cost(table, isa, model.facts.head_dim)
+        choice = choose(table, cost, wanted.rule, wanted.budget, wanted.tail)
+        profile = profile_of(wanted, model, table, choice, isa)
+        _write(profile, wanted.output)
+        made = profile, table, choice, isa
+    assert made is not None
+    profile, table, choice, isa = made
+    seconds = time.perf_counter() - started
+    measurement = summary_of(wanted, model, profile, table, choice, isa, seconds)
+    path = measurement_of(wanted.output)
+    scratch = path.with_suffix(".new")
+    scratch.write_text(measurement.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    os.replace(scratch, path)
+    return profile, measurement
+
+
+def _parts(
+    wanted: Wanted,
+    model: Model,
+    documents: Sequence[Document],
+    progress: Progress,
+    folder: PartsFolder,
+    served: dict[str, Any],
+    followed: str,
+) -> list[Part]:
+    """Every document's, those of an earlier run or from one engine that is started for the rest."""
+    keys = {document.name: _key(wanted, model, document, followed) for document in documents}
+    prefix = "" if followed == "dense" else "served-"
+    parts = {
+        document.name: folder.load(prefix + document.name, keys[document.name], document.group)
+        for document in documents
+    }
+
+    def steps(document: Document) -> int:
+        chunks = -(-len(document.token_ids) // wanted.options.chunk_tokens)
+        return chunks * len(model.sparse_layers)
+
+    for document in documents:
+        if parts[document.name] is not None:
+            progress.document(document.name, steps(document), reused=True)
+    missing = [document for document in documents if parts[document.name] is None]
+    if missing:
+        with engine(wanted.options, "sparse_prefill", served) as llm:
+            for document in missing:
+                progress.document(document.name, steps(document), reused=False)
+                part = _read(llm, wanted, model, document, progress.advance)
+                folder.save(prefix + document.name, keys[document.name], part)
+                parts[document.name] = part
+    return [part for part in parts.values() if part is not None]
+
+
+def _read(
+    llm: Any,
+    wanted: Wanted,
+    model: Model,
+    document: Document,
+    advance: Callable[[], None],
+) -> Part:
+    from vllm import SamplingParams
+
+    from vllm_sparse_backend.backend.observe import observing
+
+    seed = f"{wanted.seed} {document.name}"
+    recorder = Recorder(document.group, SparseConfig(), wanted.blocks, seed, advance)
+    prompt: Any = {"prompt_token_ids": list(document.token_ids)}
+    with observing(recorder):
+        llm.generate(prompt, SamplingParams(max_tokens=1, temperature=0), use_tqdm=False)
+    if recorder.layers() != list(model.sparse_layers):
+        raise SparsePrefillError(
+            f"model {wanted.options.model}: its configuration says that the layers "
+            f"{list(model.sparse_layers)} can be sparse, {recorder.layers()} were"
+        )
+    return recorder.part()
+
+
+def _key(wanted: Wanted, model: Model, document: Document, followed: str) -> str:
+    """Of all that a document's measurement depends on."""
+    options = wanted.options
+    decides = {
+        "version": __version__,
+        "model": [options.model, model.facts.model_dump()],
+        "served": [options.dtype, options.chunk_tokens, options.hf_overrides, followed],
+        "ladders": [[its.model_dump() for its in ladder.settings] for ladder in LADDERS],
+        "measured": [wanted.blocks, wanted.seed],
+        "tokens": document.token_ids,
+    }
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+
+
+def _write(profile: Profile, path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        profile.save(path)
+    except OSError as error:
+        raise SparsePrefillError(
+            f"{path}: cannot be written ({error.strerror}); the finished documents stay in "
+            f"{parts_of(path)}, and the same command goes on from there"
+        ) from error

@@ -1,0 +1,168 @@
+"""The profile of a choice, and what is told of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from vllm_sparse_backend.calibrate.candidates import LADDERS
+from vllm_sparse_backend.calibrate.results import (
+    Curve,
+    Figures,
+    HeadResult,
+    Measurement,
+    Point,
+    Predicted,
+)
+from vllm_sparse_backend.calibrate.rules import Choice
+from vllm_sparse_backend.calibrate.table import Floats, Table
+from vllm_sparse_backend.ops.cpu import cost
+from vllm_sparse_backend.profile import Calibration, Profile
+from vllm_sparse_backend.selection import DENSE, AnyPolicy
+
+if TYPE_CHECKING:
+    from vllm_sparse_backend.calibrate.run import Model, Wanted
+
+DIGITS = 5  # of figures in files
+
+
+def profile_of(wanted: Wanted, model: Model, table: Table, choice: Choice, isa: str) -> Profile:
+    """Every calibrated head's policy; what was not calibrated is dense."""
+    policies = {
+        layer: {head: table.candidates[i].policy for head, i in enumerate(row)}
+        for layer, row in zip(model.sparse_layers, choice.tolist(), strict=True)
+    }
+    figures: dict[str, float] = {}
+    for length in table.lengths:
+        mean = _figures(table, length, choice)
+        seconds = predicted(model, table, length, choice, isa)
+        figures |= {f"{name}_{length}": value for name, value in mean.model_dump().items()}
+        figures[f"attention_speedup_{length}"] = round(seconds.base / seconds.sparse, 2)
+    calibration = Calibration(
+        texts=list(wanted.texts),
+        lengths=list(table.lengths),
+        error_budget=min(wanted.budget, 1.0),
+        seed=wanted.seed,
+        figures=figures,
+        note=f"rule {wanted.rule}; density: mean over heads and kinds of text; error, tail and "
+        "recall: mean over heads, each in its worst kind; attention_speedup: predicted, "
+        f"against CPU_ATTN with {isa}",
+    )
+    return Profile.build(
+        model.facts, policies, name=wanted.name, defaults=DENSE, calibration=calibration
+    )
+
+
+def summary_of(
+    wanted: Wanted,
+    model: Model,
+    profile: Profile,
+    table: Table,
+    choice: Choice,
+    isa: str,
+    seconds: float,
+) -> Measurement:
+    """What is written beside the profile."""
+    heads = [
+        HeadResult(
+            layer=layer,
+            head=head,
+            policy=table.candidates[choice[place, head]].policy,
+            figures={
+                length: _figures(table, length, choice, (place, head)) for length in table.lengths
+            },
+        )
+        for place, layer in enumerate(model.sparse_layers)
+        for head in range(choice.shape[1])
+    ]
+    return Measurement(
+        name=profile.name,
+        digest=profile.digest,
+        model=model.facts,
+        texts=list(wanted.texts),
+        kinds=sorted({group.kind for group in table.groups}),
+        lengths=table.lengths,
+        chunk_tokens=wanted.options.chunk_tokens,
+        rule=str(wanted.rule),
+        budget=wanted.budget,
+        seed=wanted.seed,
+        isa=isa,
+        dtype=wanted.options.dtype,
+        sparse_layers=list(model.sparse_layers),
+        heads=heads,
+        curves=list(_curves(table)),
+        predicted={
+            length: predicted(model, table, length, choice, isa) for length in table.lengths
+        },
+        seconds=round(seconds, 1),
+    )
+
+
+def predicted(model: Model, table: Table, length: int, choice: Choice, isa: str) -> Predicted:
+    """Of the calibrated layers, for a whole prompt."""
+    dim = model.facts.head_dim
+    density = _chosen(table.density[:, table.of_length(length)].mean(1), choice)
+    policies = [table.candidates[i].policy for i in choice.flat]
+    sparse = sum(
+        cost.sparse_seconds(isa, policy, length, length, 1, dim, float(its))
+        for policy, its in zip(policies, density.flat, strict=True)
+    )
+    return Predicted(
+        base=_rounded(cost.base_seconds(isa, length, length, len(policies), dim)),
+        keep_all=_rounded(cost.attend_seconds(isa, length, length, len(policies), dim)),
+        sparse=_rounded(sparse),
+    )
+
+
+def _figures(
+    table: Table, length: int, choice: Choice, at: tuple[int, int] | None = None
+) -> Figures:
+    """Of the chosen candidates at a length: of one (layer, head), or the mean over all."""
+    groups = table.of_length(length)
+    values = {
+        "density": table.density[:, groups].mean(1),
+        "error": table.error[:, groups].max(1),
+        "tail": table.tail[:, groups].max(1),
+        "recall": table.recall[:, groups].min(1),
+    }
+    chosen = {name: _chosen(its, choice) for name, its in values.items()}
+    return Figures(
+        **{name: _rounded(its.mean() if at is None else its[at]) for name, its in chosen.items()}
+    )
+
+
+def _curves(table: Table) -> Iterable[Curve]:
+    """Every head under one threshold, for the selectors that have one."""
+    for length in table.lengths:
+        for number, ladder in enumerate(LADDERS):
+            members = [
+                i
+                for i, its in enumerate(table.candidates)
+                if its.ladder == number and its.slope == 0
+            ]
+            points = [
+                Point(tau=_tau(table.candidates[i].policy), figures=_uniform(table, length, i))
+                for i in members
+                if hasattr(table.candidates[i].policy, "tau")
+            ]
+            if points:
+                yield Curve(selector=ladder.selector, length=length, points=points)
+
+
+def _uniform(table: Table, length: int, candidate: int) -> Figures:
+    return _figures(table, length, np.full(table.density.shape[2:], candidate))
+
+
+def _tau(policy: AnyPolicy) -> float:
+    return float(policy.tau)  # type: ignore[union-attr]
+
+
+def _chosen(values: Floats, choice: Choice) -> Floats:
+    """[C, L, H] to [L, H]."""
+    return np.take_along_axis(values, choice[None], 0)[0]
+
+
+def _rounded(value: float) -> float:
+    return round(float(value), DIGITS)

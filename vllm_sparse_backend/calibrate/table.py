@@ -1,0 +1,159 @@
+"""Everything that was measured, as one table: what each candidate policy does to each head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_sparse_backend.calibrate.candidates import LADDERS
+from vllm_sparse_backend.ops.cpu import cost
+from vllm_sparse_backend.selection import DENSE, AnyPolicy
+
+Floats = npt.NDArray[np.float64]
+
+
+class Group(NamedTuple):
+    """Documents that a budget holds for on their own: of one kind of text and one length."""
+
+    kind: str
+    length: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one document gave: `measure.Sums` of its layers, stacked; L layers of H heads.
+
+    ``size`` [L, H, octaves], ``rows`` and ``causal`` [octaves]; by ladder [L, H, octaves, G]:
+    ``error``, ``worst``, ``worst_size``, ``mass``, ``kept``.
+    """
+
+    group: Group
+    octaves: Sequence[int]
+    size: Floats
+    rows: Floats
+    causal: Floats
+    error: Sequence[Floats]
+    worst: Sequence[Floats]
+    worst_size: Sequence[Floats]
+    mass: Sequence[Floats]
+    kept: Sequence[Floats]
+
+
+class Candidate(NamedTuple):
+    """A policy, and where on which ladder it stands; dense stands on none."""
+
+    policy: AnyPolicy
+    ladder: int = -1
+    setting: int = -1
+    slope: float = 0.0
+
+
+@dataclass(frozen=True)
+class Table:
+    """C candidates, the last of them dense, over K groups, L layers, H heads: [C, K, L, H] each."""
+
+    candidates: list[Candidate]
+    groups: list[Group]
+    density: Floats
+    error: Floats  # relative L1
+    tail: Floats  # the same of the worst 1% of the rows
+    recall: Floats
+    absolute: Floats  # sum of |O~ - O| per row, as SALE's calibration has it
+
+    @property
+    def lengths(self) -> list[int]:
+        """Ascending."""
+        return sorted({group.length for group in self.groups})
+
+    def of_length(self, length: int) -> list[int]:
+        """The groups of a length."""
+        return [i for i, group in enumerate(self.groups) if group.length == length]
+
+
+def all_candidates() -> list[Candidate]:
+    """Those of every ladder, with every slope that it has, and dense."""
+    return [
+        Candidate(ladder.at(i, slope), number, i, slope)
+        for number, ladder in enumerate(LADDERS)
+        for slope in ladder.slopes
+        for i in range(len(ladder.settings))
+    ] + [Candidate(DENSE)]
+
+
+def tabulate(parts: Iterable[Part]) -> Table:
+    """The table of all documents; those of one group are taken together."""
+    by_group: dict[Group, list[Part]] = {}
+    for part in parts:
+        by_group.setdefault(part.group, []).append(part)
+    groups = sorted(by_group)
+    columns = [_columns(by_group[group]) for group in groups]
+    names = ("density", "error", "tail", "recall", "absolute")
+    stacked = {name: np.stack([column[name] for column in columns], 1) for name in names}
+    return Table(all_candidates(), groups, **stacked)
+
+
+def _columns(parts: Sequence[Part]) -> dict[str, Floats]:
+    """One group's figures, [C, L, H] each."""
+    size = sum(part.size.sum(2) for part in parts)  # [L, H]
+    rows, causal = (
+        sum(x.sum() for x in each) for each in ([p.rows for p in parts], [p.causal for p in parts])
+    )
+    made: dict[str, list[Floats]] = {
+        "density": [],
+        "error": [],
+        "tail": [],
+        "recall": [],
+        "absolute": [],
+    }
+    for number, ladder in enumerate(LADDERS):
+        for slope in ladder.slopes:
+            error, worst, worst_size, mass, kept = (
+                sum(
+                    _moved(getattr(part, name)[number], part.octaves, number, slope)
+                    for part in parts
+                )
+                for name in ("error", "worst", "worst_size", "mass", "kept")
+            )  # [L, H, G]
+            made["density"].append(kept / causal)
+            made["error"].append(error / np.maximum(size, 1e-30)[..., None])
+            made["tail"].append(worst / np.maximum(worst_size, 1e-30))
+            made["recall"].append(mass / rows)
+            made["absolute"].append(error / rows)
+    exact = {"density": 1.0, "error": 0.0, "tail": 0.0, "recall": 1.0, "absolute": 0.0}
+    return {
+        name: np.concatenate(
+            [np.moveaxis(np.concatenate(arrays, 2), 2, 0), np.full((1, *size.shape), exact[name])]
+        )
+        for name, arrays in made.items()
+    }
+
+
+def _moved(sums: Floats, octaves: Sequence[int], ladder: int, slope: float) -> Floats:
+    """Summed over octaves [L, H, G], each at the setting that its context moves a threshold to."""
+    settings = sums.shape[3]
+    total = np.zeros((*sums.shape[:2], settings))
+    for place, octave in enumerate(octaves):
+        index = np.arange(settings) + LADDERS[ladder].moved(slope, octave)
+        total += sums[:, :, place, index.clip(0, settings - 1)]
+    return total
+
+
+def relative_cost(table: Table, isa: str, head_dim: int) -> Floats:
+    """Predicted seconds of each candidate's head over those of keeping all, mean over the lengths;
+    [C, L, H]. By `ops.cpu.cost`, from the mean density of a length's groups.
+    """
+    total = np.zeros((table.density.shape[0], *table.density.shape[2:]))
+    for length in table.lengths:
+        keep_all = cost.sparse_seconds(isa, DENSE, length, length, 1, head_dim, 1.0)
+        density = table.density[:, table.of_length(length)].mean(1)
+        selection = [
+            cost.selection_seconds(isa, LADDERS[n].settings[-1], length, length, 1, head_dim)
+            for n in range(len(LADDERS))
+        ] + [0.0]  # of dense, whose ladder is -1
+        extra = np.array([selection[its.ladder] for its in table.candidates])
+        total += density + (extra / keep_all)[:, None, None]
+    return total / len(table.lengths)

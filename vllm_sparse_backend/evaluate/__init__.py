@@ -1,0 +1,1 @@
+"""Fidelity measured end to end: the same prompts through vLLM, dense and then sparse."""

@@ -1,0 +1,1 @@
+"""What a profile does, made visible: `vllm-sparse inspect`, `estimate`, `report`."""
