@@ -16,7 +16,6 @@ import torch
 from vllm_sparse_backend.ops.tiles import QBlock
 from vllm_sparse_backend.selection import Mass, Sale, Static
 from vllm_sparse_backend.selection.estimate import Block, by_tile
-from vllm_sparse_backend.selection.mass import exp_linear
 from vllm_sparse_backend.selection.policy import TAU_CONTEXT
 
 Setting: TypeAlias = Static | Sale | Mass
@@ -70,8 +69,9 @@ def octave_of(context: int) -> int:
 def levels(ladder: Ladder, block: QBlock, scores: Block) -> torch.Tensor:
     """How many of a ladder's settings keep each tile of a q block, int64 [causal tiles].
 
-    ``scores``: the block's estimates under ``SCORED``. For ``mass`` the exponentials of all
-    thresholds are those of that one, so that a tile's place may be off by 6%, a third of a step.
+    ``scores``: the block's estimates under ``SCORED``. Exponentials are exact here and linear
+    between powers of two in the kernels, so that a tile's place on the ladder of ``mass`` may be
+    off by 6%, a third of a step.
     """
     if ladder.selector == "static":
         distance = block.start - TILE * torch.arange(1, len(scores.always) + 1)
@@ -80,7 +80,7 @@ def levels(ladder: Ladder, block: QBlock, scores: Block) -> torch.Tensor:
         if ladder.selector == "sale":
             best = by_tile(scores.excess, TILE, -torch.inf).amax((0, 2))
         else:
-            best = by_tile(exp_linear(scores.excess), TILE, 0.0).sum(2).amax(0).log()
+            best = by_tile(scores.excess.exp(), TILE, 0.0).sum(2).amax(0).log()
         edges = torch.tensor(THRESHOLDS).log()
         # What cannot be judged is kept, as by the kernels.
         kept = torch.searchsorted(edges, best.nan_to_num(torch.inf))

@@ -36,6 +36,10 @@ class Outcome:
     mass: torch.Tensor  # [G] share of the softmax mass that is kept, summed over rows
     kept: torch.Tensor  # [G] keys of whole tiles
 
+    def clone(self) -> Outcome:
+        """In memory of its own."""
+        return Outcome(self.error.clone(), self.mass.clone(), self.kept.clone())
+
 
 def sampled(query_len: int, seq_len: int, count: int, rng: random.Random) -> list[QBlock]:
     """At most ``count`` whole q blocks of a step, one from each of as many equal parts of it.
@@ -57,6 +61,7 @@ def outcomes(
     One head: ``q`` [T, D] are the last T of the positions of ``k``, ``v`` [S, D], all fp32.
     """
     offset = len(k) - len(q)
+    tiled = _by_tiles(v)
     for block, scores in zip(blocks, estimates(SCORED, q, k, scale, blocks), strict=True):
         rows = q[block.first - offset : block.end - offset]
         s = scale * (rows @ k[: block.end].T)  # [R, end]
@@ -64,23 +69,27 @@ def outcomes(
         s.masked_fill_(torch.arange(block.end) > position[:, None], -torch.inf)
         p = s.softmax(1)
         kept_by = [levels(ladder, block, scores) for ladder in LADDERS]  # [tiles] each
-        added = _added(p, v[: block.end], kept_by)
+        added = _added(p, tiled, kept_by)
         exact = added[0].sum(0)[:-1]  # [D, R]
         found = [_outcome(its, keys, exact) for its, keys in zip(added, kept_by, strict=True)]
         yield block, exact.abs().sum(0), found
 
 
+def _by_tiles(v: torch.Tensor) -> torch.Tensor:
+    """Values [S, D] as [tiles, D + 1, TILE], with a channel of ones, whose product is the mass."""
+    v = pad(v, (0, 1, 0, -len(v) % TILE), value=1.0)
+    return v.view(-1, TILE, v.shape[1]).transpose(1, 2).contiguous()
+
+
 def _added(p: torch.Tensor, v: torch.Tensor, kept_by: list[torch.Tensor]) -> list[torch.Tensor]:
     """What the tiles that the first n settings keep, and no more, add to the output: by ladder,
-    [settings + 1, D + 1, R], where the last channel is their mass. ``p`` [R, end], ``v`` [end, D].
+    [settings + 1, D + 1, R], where the last channel is their mass. ``p`` [R, end]; ``v`` by tiles.
     """
     tiles, rows = len(kept_by[0]), len(p)
-    missing = TILE * tiles - len(v)
-    p = pad(p.T, (0, 0, 0, missing)).view(tiles, TILE, rows)
-    v = pad(v, (0, 1, 0, missing), value=1.0).view(tiles, TILE, -1).transpose(1, 2)
+    p = pad(p, (0, TILE * tiles - p.shape[1])).T.reshape(tiles, TILE, rows)
     made = [torch.zeros(len(its.settings) + 1, v.shape[1], rows) for its in LADDERS]
     for some in range(0, tiles, TILES_AT_ONCE):
-        these = slice(some, some + TILES_AT_ONCE)
+        these = slice(some, min(some + TILES_AT_ONCE, tiles))
         part = v[these] @ p[these]  # [tiles, D + 1, R]
         for sums, keys in zip(made, kept_by, strict=True):
             sums.index_add_(0, keys[these], part)
@@ -139,13 +148,19 @@ class LayerRecord:
     ) -> None:
         """A step: ``q`` [T, Hq, D] are the last T of the positions of ``k``, ``v`` [S, Hkv, D]."""
         group = q.shape[1] // k.shape[1]
-        for head, pieces in enumerate(self._pieces):
+        measured = []
+        for head in range(q.shape[1]):
             if head % group == 0:
                 keys, values = (x[:, head // group].float() for x in (k, v))
-            for block, size, found in outcomes(q[:, head].float(), keys, values, scale, blocks):
+            found = list(outcomes(q[:, head].float(), keys, values, scale, blocks))
+            measured.append(found)
+        # Copied when all is done: what is kept would lie scattered among the large tensors that it
+        # was made with, and keep the allocator from ever using their room as a whole again.
+        for pieces, found in zip(self._pieces, measured, strict=True):
+            for block, size, by_ladder in found:
                 into = pieces.setdefault(octave_of(block.end), _Pieces())
-                into.sizes.append(size)
-                into.outcomes.append(found)
+                into.sizes.append(size.clone())
+                into.outcomes.append([outcome.clone() for outcome in by_ladder])
                 into.causal.append(-(-block.end // TILE) * TILE)
 
     def sums(self) -> Sums:

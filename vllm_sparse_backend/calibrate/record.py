@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import random
 from collections.abc import Callable
 
@@ -43,7 +41,6 @@ class Recorder:
             record = self._layers.setdefault(call.layer, LayerRecord(q.shape[1]))
             k, v = call.keys_values()
             record.add(q, k, v, call.scale, sampled(len(q), context, count, rng))
-            _give_back_memory()
         self._advance()
 
     def layers(self) -> list[int]:
@@ -74,11 +71,3 @@ class Recorder:
 def _stacked(sums: list[Sums], name: str) -> list[np.ndarray]:
     ladders = range(len(getattr(sums[0], name)))
     return [np.stack([getattr(its, name)[n] for its in sums]) for n in ladders]
-
-
-def _give_back_memory() -> None:
-    """To the system, what was freed: between what is kept of each block lie the holes of tensors a
-    thousand times as large, which glibc would let grow to many gigabytes.
-    """
-    with contextlib.suppress(AttributeError, OSError):  # another libc
-        ctypes.CDLL(None).malloc_trim(0)
