@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -160,6 +161,18 @@ def test_no_text_and_no_model_are_named(words: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     result = runner.invoke(app, ["calibrate", str(tmp_path / "empty"), "--text", str(words)])
     assert result.exit_code == 2 and "no config.json" in result.output
+
+
+def test_a_model_without_sparse_layers_is_named(
+    tiny_llama: Path, words: Path, tmp_path: Path
+) -> None:
+    odd = tmp_path / "odd"
+    shutil.copytree(tiny_llama, odd)
+    config = json.loads((odd / "config.json").read_text())
+    (odd / "config.json").write_text(json.dumps({**config, "head_dim": 48}))
+    done = run(odd, words, tmp_path / "p.json")
+    assert done.returncode == 2
+    assert "want layers that can be sparse, got none: head_dim (2)" in done.stderr
 
 
 def test_help_teaches() -> None:
