@@ -10,6 +10,7 @@ from rich.table import Table
 
 from vllm_sparse_backend.demo.plot import ttft_svg
 from vllm_sparse_backend.demo.results import PERPLEXITY_LOSS, Results, Row, SideRow
+from vllm_sparse_backend.report.template import environment
 
 TEMPLATE = "report.html.j2"
 COLUMNS = (
@@ -29,19 +30,12 @@ def write_report(results: Results, folder: Path) -> tuple[Path, Path]:
 
 def render_html(results: Results) -> str:
     """The page: self-contained, without scripts. Everything but the plot is escaped."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["seconds"] = seconds
-    environment.filters["signed"] = signed
-    return environment.get_template(TEMPLATE).render(
+    pages = environment(Path(__file__).parent)
+    pages.filters["seconds"] = seconds
+    pages.filters["signed"] = signed
+    return pages.get_template(TEMPLATE).render(
         results=results,
         plot=Markup(ttft_svg(results)),
         found=found,

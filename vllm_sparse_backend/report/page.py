@@ -13,6 +13,7 @@ from vllm_sparse_backend.report.heads import Inspection, inspect_profile
 from vllm_sparse_backend.report.heads_plot import heads_figure
 from vllm_sparse_backend.report.measured import Found
 from vllm_sparse_backend.report.svg import inline
+from vllm_sparse_backend.report.template import environment
 from vllm_sparse_backend.report.verdict import headline, verdict
 
 TEMPLATE = "page.html.j2"
@@ -35,22 +36,15 @@ class Inputs:
 
 def render_html(inputs: Inputs) -> str:
     """The page: self-contained, without scripts. Everything but the plots is escaped."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"interval": interval, "thousands": "{:,}".format, "percent": percent}
-    environment.filters["density"] = row_density
+    pages = environment(Path(__file__).parent)
+    pages.filters |= {"interval": interval, "thousands": "{:,}".format, "percent": percent}
+    pages.filters["density"] = row_density
     inspection, measurement = inputs.inspection, inputs.found.measurement
     evaluations = list(inputs.evaluations)
     rows = [(number, row) for number, e in enumerate(evaluations, 1) for row in e.rows]
-    return environment.get_template(TEMPLATE).render(
+    return pages.get_template(TEMPLATE).render(
         profile=inputs.profile,
         profile_file=inputs.profile_file,
         inspection=inspection,
