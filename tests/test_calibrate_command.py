@@ -142,6 +142,8 @@ def test_a_killed_calibration_goes_on(tiny_llama: Path, words: Path, tmp_path: P
         (["--lengths", "4096,x"], "want numbers with commas between them, got '4096,x'"),
         (["--lengths", "8192"], "words.txt: want 8191 tokens"),
         (["--text", "nowhere"], "text nowhere: No such file or directory"),
+        (["--theta", "0.4"], "--theta: rule head has no use for it; want --error"),
+        (["--rule", "sale", "--error", "0.1"], "--error: rule sale has no use for it"),
         (["--hf-overrides", "[]"], "--hf-overrides: want a JSON object"),
     ],
 )

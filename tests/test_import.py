@@ -340,7 +340,7 @@ def test_a_threshold_of_zero_is_dense() -> None:
 
 def test_export_writes_nothing_it_cannot_say(tmp_path: Path) -> None:
     profile, out = tmp_path / "ours.json", tmp_path / "theirs.json"
-    for defaults, status in (Sale(), 1), (Dense(), 0):
+    for defaults, status in (Sale(), 2), (Dense(), 0):
         Profile.build(FACTS, {}, defaults=defaults).save(profile)
         arguments = ["export", str(profile), "--to", "minference", "-o", str(out)]
         done = CliRunner().invoke(app, arguments)

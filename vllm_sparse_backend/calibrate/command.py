@@ -24,6 +24,13 @@ if TYPE_CHECKING:
     from vllm_sparse_backend.calibrate.results import Measurement
     from vllm_sparse_backend.calibrate.run import Progress
 
+# What bounds each rule, and its default.
+BUDGETS = {
+    "head": ("--error", 0.02),
+    "global": ("--error", 0.02),
+    "sale": ("--theta", 0.4),
+    "minference": ("--work", 0.25),
+}
 SHORTEST = 2304  # tokens; up to `min_prompt_tokens`, 2048, nothing is sparse
 
 
@@ -42,14 +49,15 @@ def calibrate(
         str, typer.Option(metavar="N,N,...", help="Tokens of the documents made of the text.")
     ] = "4096,8192",
     error: Annotated[
-        float,
+        float | None,
         typer.Option(
             min=0.0,
             max=1.0,
-            help="The error budget: relative L1 of a head's output against dense attention, in "
-            "every kind of text at every length. 0: all dense; 1: as little as there is.",
+            help="The error budget of rules head and global: relative L1 of a head's output "
+            "against dense attention, in every kind of text at every length. 0: all dense; 1: as "
+            "little as there is. Default: 0.02.",
         ),
-    ] = 0.02,
+    ] = None,
     tail_error: Annotated[
         float,
         typer.Option(min=0.0, help="The same for the worst 1% of a head's rows; 0: no bound."),
@@ -62,12 +70,15 @@ def calibrate(
         ),
     ] = "head",
     theta: Annotated[
-        float, typer.Option(min=0.0, help="Of rule sale: absolute error per row.")
-    ] = 0.4,
+        float | None,
+        typer.Option(min=0.0, help="Of rule sale: absolute error per row. Default: 0.4."),
+    ] = None,
     work: Annotated[
-        float,
-        typer.Option(min=0.0, max=1.0, help="Of rule minference: time over that of dense."),
-    ] = 0.25,
+        float | None,
+        typer.Option(
+            min=0.0, max=1.0, help="Of rule minference: time over that of dense. Default: 0.25."
+        ),
+    ] = None,
     copies: Annotated[
         bool, typer.Option(help="Also read text that is said twice, which copying heads need.")
     ] = True,
@@ -127,7 +138,6 @@ def calibrate(
       2    it did not run, or could not be finished; the message says why
       130  interrupted
     """
-    budget = {"sale": theta, "minference": work}.get(rule, error)
     with errors_named(
         f"interrupted; what was measured stays in {output.with_suffix('.parts')}, and the same "
         "command goes on from there"
@@ -145,6 +155,7 @@ def calibrate(
         from vllm_sparse_backend.tasks.source import read_sources
         from vllm_sparse_backend.tasks.stream import TokenStream
 
+        budget = _budget(rule, {"--error": error, "--theta": theta, "--work": work})
         chosen = parse_lengths(lengths)
         overrides = json_object(hf_overrides, "--hf-overrides")
         path = ensure_model(model)
@@ -194,6 +205,16 @@ def calibrate(
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     minutes = measurement.seconds / 60
     typer.echo(f"profile: {output}; {minutes:.1f} minutes, {peak:.1f} GiB of memory", err=True)
+
+
+def _budget(rule: str, given: dict[str, float | None]) -> float:
+    """What bounds a rule. Raises Refused if another rule's bound was given."""
+    option, default = BUDGETS[rule]
+    for name, value in given.items():
+        if value is not None and name != option:
+            raise Refused(f"{name}: rule {rule} has no use for it; want {option}")
+    budget = given[option]
+    return default if budget is None else budget
 
 
 def _check_lengths(lengths: list[int], positions: int) -> None:
