@@ -6,6 +6,7 @@ code; only HTTP is missing, and worker processes, so that counters and recording
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from vllm_sparse_backend.config import SECTION
+from vllm_sparse_backend.profile import ModelFacts
 
 Backend = Literal["CPU_ATTN", "sparse_prefill"]
 
@@ -47,6 +49,13 @@ class EngineOptions:
         if backend == "sparse_prefill" and sparse_config:
             arguments["additional_config"] = {SECTION: sparse_config}
         return arguments
+
+
+def kv_gib(facts: ModelFacts, tokens: int, dtype: str) -> int:
+    """GiB of KV cache for one prompt of so many tokens in every layer, and a tenth to spare."""
+    bytes_each = 4 if dtype == "float32" else 2
+    of_token = facts.num_layers * 2 * facts.num_kv_heads * facts.head_dim * bytes_each
+    return math.ceil(1.1 * tokens * of_token / 2**30)
 
 
 @contextmanager

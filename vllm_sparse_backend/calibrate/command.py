@@ -150,7 +150,7 @@ def calibrate(
         from vllm_sparse_backend.demo.model import ensure_model
         from vllm_sparse_backend.demo.plan import read_facts
         from vllm_sparse_backend.demo.progress import warn_if_busy
-        from vllm_sparse_backend.offline import EngineOptions
+        from vllm_sparse_backend.offline import EngineOptions, kv_gib
         from vllm_sparse_backend.tasks.catalog import Task
         from vllm_sparse_backend.tasks.source import read_sources
         from vllm_sparse_backend.tasks.stream import TokenStream
@@ -182,7 +182,7 @@ def calibrate(
                 chunk_tokens=chunk_tokens or 2048,
                 dtype=chosen_dtype,
                 hf_overrides=overrides,
-                kv_gib=look.kv_gib(max(chosen), chosen_dtype),
+                kv_gib=kv_gib(look.facts, max(chosen), chosen_dtype),
             ),
             name=name or path.name,
             texts=tuple(Path(read).name for source in sources for read in source.read),

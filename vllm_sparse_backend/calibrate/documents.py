@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from vllm_sparse_backend.calibrate.table import Group
 from vllm_sparse_backend.tasks.catalog import Task, make_batches
@@ -46,10 +47,10 @@ def make_documents(
             room = length - GENERATED
             asked = QUESTIONS if kind is Task.RECORDS else 0
             batches = make_batches(streams, kind, room - asked, count, seed)
-            items = [(item, batch) for batch in batches for item in batch.items]
+            items = chain.from_iterable(batch.items for batch in batches)
             documents += [
                 Document(Group(str(kind), length), number, _asked(item, streams[0], room))
-                for number, (item, _) in enumerate(items)
+                for number, item in enumerate(items)
             ]
     return documents
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import time
 from collections import Counter
@@ -33,7 +32,6 @@ from vllm_sparse_backend.offline import EngineOptions, engine
 from vllm_sparse_backend.profile import ModelFacts, Profile
 from vllm_sparse_backend.selection import DENSE
 
-DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 DENSE_CONFIG: dict[str, Any] = {"policy": DENSE.model_dump()}
 
 
@@ -60,12 +58,6 @@ class Model:
 
     facts: ModelFacts
     sparse_layers: tuple[int, ...]
-
-    def kv_gib(self, tokens: int, dtype: str) -> int:
-        """Of the KV cache for one prompt of so many tokens, and a tenth to spare."""
-        facts = self.facts
-        of_token = facts.num_layers * 2 * facts.num_kv_heads * facts.head_dim * DTYPE_BYTES[dtype]
-        return math.ceil(1.1 * tokens * of_token / 2**30)
 
 
 class Progress:

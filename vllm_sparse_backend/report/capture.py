@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_sparse_backend.config import SparseConfig, vllm_log_level
-from vllm_sparse_backend.offline import EngineOptions, engine
+from vllm_sparse_backend.offline import EngineOptions, engine, kv_gib
 from vllm_sparse_backend.options import Refused
 from vllm_sparse_backend.profile import Profile
 from vllm_sparse_backend.selection import keeps_all
@@ -48,13 +48,14 @@ def look_at(
     except ModelUnavailable as error:
         raise Refused(f"--model: {error}") from None
     ids = _tokens(str(folder), text, length)
+    chosen = fast_dtype() if dtype == "auto" else dtype
     options = EngineOptions(
         model=str(folder),
         max_model_len=len(ids) + 1,
         chunk_tokens=CHUNK_TOKENS,
-        dtype=fast_dtype() if dtype == "auto" else dtype,
+        dtype=chosen,
         hf_overrides=overrides,
-        kv_gib=_kv_gib(profile, len(ids)),
+        kv_gib=kv_gib(profile.model, len(ids), chosen),
     )
     # vLLM logs to what is stdout when it is imported, where JSON may be wanted.
     with (
@@ -134,19 +135,10 @@ def _followed_from(policy: Any, head_dim: int) -> int | None:
     return None if wins is None else max(wins, SparseConfig().min_prompt_tokens)
 
 
-def _kv_gib(profile: Profile, tokens: int) -> int:
-    """Room for one prompt, in fp32 at most, and something to spare."""
-    facts = profile.model
-    one = 2 * 4 * facts.num_layers * facts.num_kv_heads * facts.head_dim
-    return 1 + (tokens + 1024) * one // 2**30
-
-
 @contextlib.contextmanager
 def _failing() -> Any:
     """vLLM's own refusals (a length, a model it does not know) are the user's to mend."""
     try:
         yield
     except ValueError as error:  # pydantic's, too
-        if isinstance(error, Refused):
-            raise
         raise Refused(f"vLLM cannot run the model: {error}") from None

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json as json_module
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from vllm_sparse_backend.options import Refused, errors_named
+from vllm_sparse_backend.options import Refused, errors_named, json_object
 
 
 def inspect(
@@ -98,7 +97,7 @@ def inspect(
         else:
             if text is None:
                 raise Refused("--attention: want --text FILE as well")
-            overrides = _overrides(hf_overrides)
+            overrides = json_object(hf_overrides, "--hf-overrides")
             _inspect_attention(
                 loaded, attention, text, model, output, json, length, dtype, overrides
             )
@@ -171,18 +170,6 @@ def _inspect_attention(
     else:
         typer.echo(found.summary().describe())
     _say_where(None if json and output is None else wanted)
-
-
-def _overrides(text: str | None) -> dict[str, Any] | None:
-    if text is None:
-        return None
-    try:
-        value = json_module.loads(text)
-    except json_module.JSONDecodeError as error:
-        raise Refused(f"--hf-overrides: want JSON, got {text!r} ({error})") from None
-    if not isinstance(value, dict):
-        raise Refused(f"--hf-overrides: want a JSON object, got {text!r}")
-    return value
 
 
 def _say_where(picture: Path | None) -> None:
