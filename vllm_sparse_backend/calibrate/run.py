@@ -190,13 +190,19 @@ def _key(wanted: Wanted, model: Model, document: Document, followed: str) -> str
     options = wanted.options
     decides = {
         "version": __version__,
-        "model": [options.model, model.facts.model_dump()],
+        "model": [options.model, model.facts.model_dump(), _weights(Path(options.model))],
         "served": [options.dtype, options.chunk_tokens, options.hf_overrides, followed],
         "ladders": [[its.model_dump() for its in ladder.settings] for ladder in LADDERS],
         "measured": [wanted.blocks, wanted.seed],
         "tokens": document.token_ids,
     }
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+
+
+def _weights(folder: Path) -> list[list[str | int]]:
+    """Name, size and age of a folder's weights: another training is another model."""
+    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 def _write(profile: Profile, path: Path) -> None:
