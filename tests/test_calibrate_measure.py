@@ -82,6 +82,8 @@ def test_outcomes_are_those_of_the_op(qkv: tuple[torch.Tensor, ...]) -> None:
                 torch.testing.assert_close(size, exact[rows].abs().sum(1), rtol=1e-4, atol=1e-4)
                 if int(its.kept[i]) == 16 * len(tiles.row(0, place)):  # `mass` may be off by one
                     torch.testing.assert_close(its.error[i], error, rtol=1e-3, atol=1e-3)
+                    square = (out[rows] - exact[rows]).square().sum()
+                    torch.testing.assert_close(its.square[i], square, rtol=2e-3, atol=1e-4)
                 else:
                     assert ladder.selector == "mass"
 

@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_sparse_backend.calibrate.candidates import LADDERS, THRESHOLDS
-from vllm_sparse_backend.calibrate.parts import BY_LADDER, PartsFolder
-from vllm_sparse_backend.calibrate.rules import Rule, choose
+from vllm_sparse_backend.calibrate.measure import BY_LADDER
+from vllm_sparse_backend.calibrate.parts import PartsFolder
+from vllm_sparse_backend.calibrate.rules import Rule, choose, divergence
 from vllm_sparse_backend.calibrate.table import (
     Group,
     Part,
@@ -27,6 +28,7 @@ from vllm_sparse_backend.errors import SparsePrefillError
 from vllm_sparse_backend.selection import DENSE, Sale
 
 LAYERS, HEADS, DIM = 2, 3, 64
+SENSITIVITY = np.array([[1.0, 0.1, 10.0], [1e-3, 1.0, 0.3]])
 ROWS, CAUSAL = 640.0, 64_000.0
 
 
@@ -38,6 +40,7 @@ def part(seed: int, group: Group, octaves: Sequence[int] = (12, 13)) -> Part:
     for ladder in LADDERS:
         down = np.sort(rng.random((*shape, len(ladder.settings))), 3)
         by_ladder["error"].append(100 * down**4 * ROWS / 10)
+        by_ladder["square"].append(down**8 * ROWS)
         by_ladder["worst"].append(100 * down**2)
         by_ladder["worst_size"].append(np.full_like(down, 200.0))
         by_ladder["mass"].append((1 - down / 3) * ROWS)
@@ -100,12 +103,14 @@ def test_slopes_take_each_octave_at_its_own_threshold(table: Table) -> None:
     assert (policy.tau, policy.tau_slope) == (ladder.settings[i].tau, slope)  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("rule", [Rule.HEAD, Rule.GLOBAL])
+@pytest.mark.parametrize("rule", [Rule.HEAD, Rule.GLOBAL, Rule.LOSS])
 def test_no_error_is_dense_and_any_is_the_cheapest(
     table: Table, cost: np.ndarray, rule: Rule
 ) -> None:
-    assert (choose(table, cost, rule, 0.0) == len(table.candidates) - 1).all()
-    assert (choose(table, cost, rule, 1.0) == cost.argmin(0)).all()
+    dense = choose(table, cost, rule, 0.0, sensitivity=SENSITIVITY)
+    assert (dense == len(table.candidates) - 1).all()
+    least = choose(table, cost, rule, 1.0, sensitivity=SENSITIVITY)
+    assert (least == cost.argmin(0)).all()
 
 
 @given(budget=st.floats(0.0005, 0.5), tail=st.floats(0.01, 2))
@@ -129,6 +134,26 @@ def test_a_global_budget_buys_more_than_one_for_each(table: Table, cost: np.ndar
         assert np.take_along_axis(table.error.max(1), choice, 0).mean() <= 0.02
         of[rule] = np.take_along_axis(cost, choice, 0).mean()
     assert of[Rule.GLOBAL] < of[Rule.HEAD]
+
+
+@given(budget=st.floats(1e-6, 0.5))
+def test_a_loss_budget_goes_where_the_model_does_not_mind(budget: float) -> None:
+    table = small_table()
+    cost = relative_cost(table, "avx2", DIM)
+    nats = divergence(table, SENSITIVITY)
+    np.testing.assert_allclose(nats[0], table.square[0] * SENSITIVITY / 2)
+
+    def spent(choice: np.ndarray) -> np.ndarray:
+        return np.take_along_axis(nats, choice[None, None], 0)[0].sum((1, 2))
+
+    choice = choose(table, cost, Rule.LOSS, budget, sensitivity=SENSITIVITY)
+    assert (spent(choice) <= budget).all(), "in every group"
+    # Exchanging two heads' sensitivities exchanges what they are allowed.
+    swapped = choose(table, cost, Rule.LOSS, budget, sensitivity=SENSITIVITY[:, ::-1])
+    density = [
+        np.take_along_axis(table.density.mean(1), its[None], 0)[0] for its in (choice, swapped)
+    ]
+    assert density[0][0, 2] >= density[1][0, 2] and density[0][0, 0] <= density[1][0, 0]
 
 
 def test_sales_rule_halves_from_its_start(table: Table, cost: np.ndarray) -> None:
@@ -173,6 +198,14 @@ def test_finished_parts_are_found_again(tmp_path: Path) -> None:
     np.testing.assert_array_equal(again.error[1], its.error[1])
     np.testing.assert_array_equal(again.size, its.size)
     assert folder.load("copy-4096-0", "another key", group) is None
+
+
+def test_a_sensitivity_is_found_again(tmp_path: Path) -> None:
+    folder = PartsFolder(tmp_path)
+    assert folder.load_sensitivity("key") is None
+    folder.save_sensitivity("key", SENSITIVITY[:, ::-1])
+    np.testing.assert_array_equal(folder.load_sensitivity("key"), SENSITIVITY[:, ::-1])
+    assert folder.load_sensitivity("another") is None
 
 
 def test_a_part_that_was_cut_off_does_not_count(tmp_path: Path) -> None:

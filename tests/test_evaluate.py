@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from datetime import UTC, datetime
 from io import StringIO
 from pathlib import Path
@@ -23,10 +24,12 @@ from typer.testing import CliRunner
 from vllm_sparse_backend.cli import app
 from vllm_sparse_backend.demo.machine import Machine
 from vllm_sparse_backend.evaluate.judge import BUCKETS, agreement, judge, likelihood
+from vllm_sparse_backend.evaluate.kept import DenseReadings
 from vllm_sparse_backend.evaluate.readings import CONTINUED, RESERVE, Counts, Reading
 from vllm_sparse_backend.evaluate.results import Evaluation, Row, load_evaluation
 from vllm_sparse_backend.evaluate.show import show
 from vllm_sparse_backend.evaluate.statistics import exp, mean_interval, student, wilson
+from vllm_sparse_backend.offline import EngineOptions
 from vllm_sparse_backend.tasks.catalog import Batch, Task
 from vllm_sparse_backend.tasks.items import Item, Question
 
@@ -396,6 +399,27 @@ def test_a_whole_run_of_a_tiny_model(tiny_llama: Path, words: Path, tmp_path: Pa
         assert 0.4 < row.sparse_share < 1
         # A window of 64 in one of two layers of random weights moves losses, and by little.
         assert 0 < abs(row.likelihood.change_percent) < 20
+    again = _eval(str(tiny_llama), *options)  # the dense side is there
+    assert Evaluation.model_validate_json(again.stdout).rows == results.rows
+    assert "dense: text (text), 1024 tokens" in again.stderr and "CPU_ATTN" not in again.stderr
+
+
+def test_dense_readings_are_kept_for_the_same_tokens_and_engine(tmp_path: Path) -> None:
+    item = ASKED.items[0]
+    reading = Reading(answers=("a", "b"), ttft=1.5)
+    kept = DenseReadings(tmp_path, EngineOptions("model", 1024))
+    assert kept.load("needles-0", item) is None
+    kept.save("needles-0", item, reading)
+    assert kept.load("needles-0", item) == reading
+    assert kept.load("needles-1", item) is None
+    assert kept.load("needles-0", replace(item, token_ids=(9, *item.token_ids))) is None
+    assert kept.load("needles-0", replace(item, questions=item.questions[:1])) is None
+    for options in (EngineOptions("other", 1024), EngineOptions("model", 1024, dtype="float32")):
+        assert DenseReadings(tmp_path, options).load("needles-0", item) is None
+    # Room for more changes nothing.
+    assert DenseReadings(tmp_path, EngineOptions("model", 2048)).load("needles-0", item) == reading
+    (tmp_path / "needles-0.json").write_text('{"key": ')
+    assert kept.load("needles-0", item) is None
 
 
 @needs_core

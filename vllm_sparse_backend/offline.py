@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from vllm_sparse_backend.config import SECTION
@@ -30,6 +31,18 @@ class EngineOptions:
     hf_overrides: dict[str, Any] | None = None
     kv_gib: int = 4
     prefix_caching: bool = False
+
+    def identity(self) -> dict[str, Any]:
+        """What results depend on; another training in the same folder is another model."""
+        folder = Path(self.model)
+        weights = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+        return {
+            "model": self.model,
+            "weights": [[it.name, it.stat().st_size, it.stat().st_mtime_ns] for it in weights],
+            "dtype": self.dtype,
+            "chunk_tokens": self.chunk_tokens,
+            "hf_overrides": self.hf_overrides,
+        }
 
     def arguments(self, backend: Backend, sparse_config: dict[str, Any]) -> dict[str, Any]:
         """Of `vllm.LLM`. `sparse_config` goes to the sparse side only: the other ignores it."""

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 BUDGETS = {
     "head": ("--error", 0.02),
     "global": ("--error", 0.02),
+    "loss": ("--loss", 0.005),
     "sale": ("--theta", 0.4),
     "minference": ("--work", 0.25),
 }
@@ -63,12 +64,21 @@ def calibrate(
         typer.Option(min=0.0, help="The same for the worst 1% of a head's rows; 0: no bound."),
     ] = 0.0,
     rule: Annotated[
-        Literal["head", "global", "sale", "minference"],
+        Literal["head", "global", "loss", "sale", "minference"],
         typer.Option(
             help="head: every head within the budget. global: their mean within it, spent where "
-            "it buys most. sale: SALE's own, with --theta. minference: the least error for --work."
+            "it buys most. loss: the same, of what the errors do to the model's prediction, within "
+            "--loss. sale: SALE's own, with --theta. minference: the least error for --work."
         ),
     ] = "head",
+    loss: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            help="Of rule loss: nats a token that the prediction may diverge by from the exact "
+            "model's, as its gradient predicts it. Default: 0.005.",
+        ),
+    ] = None,
     theta: Annotated[
         float | None,
         typer.Option(min=0.0, help="Of rule sale: absolute error per row. Default: 0.4."),
@@ -123,7 +133,7 @@ def calibrate(
     Examples:
       vllm-sparse calibrate ./model --text src/ --text notes.txt -o profile.json
       vllm-sparse calibrate ./model --text src/ --lengths 8192,32768 --error 0.01
-      vllm-sparse calibrate ./model --text src/ --rule global --error 0.02
+      vllm-sparse calibrate ./model --text src/ --rule loss --loss 0.005
       vllm-sparse calibrate ./model --text src/ --rule sale --theta 0.4
 
     \b
@@ -155,7 +165,7 @@ def calibrate(
         from vllm_sparse_backend.tasks.source import read_sources
         from vllm_sparse_backend.tasks.stream import TokenStream
 
-        budget = _budget(rule, {"--error": error, "--theta": theta, "--work": work})
+        budget = _budget(rule, {"--error": error, "--loss": loss, "--theta": theta, "--work": work})
         chosen = parse_lengths(lengths)
         overrides = json_object(hf_overrides, "--hf-overrides")
         path = ensure_model(model)
@@ -196,7 +206,7 @@ def calibrate(
             as_served=as_served,
         )
         warn_if_busy()
-        with _bar(len(prompts) * (1 + as_served)) as progress:
+        with _bar(len(prompts) * (1 + as_served) + (rule == "loss")) as progress:
             _, measurement = run(wanted, look, prompts, progress)
     if json:
         typer.echo(measurement.model_dump_json(indent=2))

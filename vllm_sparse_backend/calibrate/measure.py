@@ -23,6 +23,7 @@ from vllm_sparse_backend.ops.tiles import QBlock, q_blocks
 from vllm_sparse_backend.selection.estimate import estimates
 
 WORST = 0.01  # share of the rows whose error is the tail error
+BY_LADDER = ("error", "square", "worst", "worst_size", "mass", "kept")
 TILES_AT_ONCE = 1024  # whose shares of the output are held: 17 MB at head_dim 64
 
 Array = npt.NDArray[np.float64]
@@ -33,12 +34,15 @@ class Outcome:
     """Of one q block, head and ladder of G settings, R rows."""
 
     error: torch.Tensor  # [G, R] sum over channels of |O~ - O|
+    square: torch.Tensor  # [G] sum over rows and channels of (O~ - O)^2
     mass: torch.Tensor  # [G] share of the softmax mass that is kept, summed over rows
     kept: torch.Tensor  # [G] keys of whole tiles
 
     def clone(self) -> Outcome:
         """In memory of its own."""
-        return Outcome(self.error.clone(), self.mass.clone(), self.kept.clone())
+        return Outcome(
+            self.error.clone(), self.square.clone(), self.mass.clone(), self.kept.clone()
+        )
 
 
 def sampled(query_len: int, seq_len: int, count: int, rng: random.Random) -> list[QBlock]:
@@ -100,9 +104,11 @@ def _outcome(added: torch.Tensor, kept_by: torch.Tensor, exact: torch.Tensor) ->
     count = len(added) - 1
     sums = added.flip(0).cumsum(0)[:count].flip(0)  # [G, D + 1, R]: setting g keeps levels > g
     mass = sums[:, -1]
-    error = (sums[:, :-1] / mass[:, None] - exact).abs().sum(1)
+    difference = sums[:, :-1] / mass[:, None] - exact
+    square = difference.square().sum((1, 2))
+    error = difference.abs_().sum(1)
     kept = torch.bincount(kept_by, minlength=count + 1).flip(0).cumsum(0)[:count].flip(0)
-    return Outcome(error, mass.sum(1), kept * TILE)
+    return Outcome(error, square, mass.sum(1), kept * TILE)
 
 
 @dataclass
@@ -110,8 +116,9 @@ class Sums:
     """Of one layer of one document: per q head, octave of context and setting.
 
     ``size`` [H, octaves] is the sum of |O|, ``rows`` and ``causal`` [octaves] count rows and keys;
-    by ladder, ``error``, ``worst`` (of the worst 1% of the rows), ``mass``, ``kept`` are [H,
-    octaves, G], ``worst_size`` [H, octaves, G] is the sum of |O| of those rows.
+    by ladder, ``error``, ``square`` (its squares), ``worst`` (of the worst 1% of the rows),
+    ``mass``, ``kept`` are [H, octaves, G], ``worst_size`` [H, octaves, G] is the sum of |O| of
+    those rows.
     """
 
     octaves: list[int]
@@ -119,6 +126,7 @@ class Sums:
     rows: Array
     causal: Array
     error: list[Array]
+    square: list[Array]
     worst: list[Array]
     worst_size: list[Array]
     mass: list[Array]
@@ -174,8 +182,7 @@ class LayerRecord:
             return np.array([[octave[name][ladder] for octave in head] for head in made])
 
         by_ladder = {
-            name: [stacked(name, ladder) for ladder in range(len(LADDERS))]
-            for name in ("error", "worst", "worst_size", "mass", "kept")
+            name: [stacked(name, ladder) for ladder in range(len(LADDERS))] for name in BY_LADDER
         }
         first = self._pieces[0]
         return Sums(
@@ -191,7 +198,7 @@ def _summed(pieces: _Pieces) -> dict[str, list[Array]]:
     size = torch.cat(pieces.sizes).double()
     worst_count = math.ceil(WORST * len(size))
     found: dict[str, list[Array]] = {"size": size.sum().item()}  # type: ignore[dict-item]
-    for name in ("error", "worst", "worst_size", "mass", "kept"):
+    for name in BY_LADDER:
         found[name] = []
     for its in zip(*pieces.outcomes, strict=True):
         error = torch.cat([outcome.error for outcome in its], 1).double()  # [G, rows]
@@ -199,6 +206,7 @@ def _summed(pieces: _Pieces) -> dict[str, list[Array]]:
         found["error"].append(error.sum(1).numpy())
         found["worst"].append(error.gather(1, worst).sum(1).numpy())
         found["worst_size"].append(size.expand_as(error).gather(1, worst).sum(1).numpy())
+        found["square"].append(sum(o.square.double() for o in its).numpy())
         found["mass"].append(sum(o.mass.double() for o in its).numpy())
         found["kept"].append(sum(o.kept.double() for o in its).numpy())
     return found

@@ -12,10 +12,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-from vllm_sparse_backend.calibrate.table import Group, Part
+import numpy as np
+
+from vllm_sparse_backend.calibrate.measure import BY_LADDER
+from vllm_sparse_backend.calibrate.table import Floats, Group, Part
 from vllm_sparse_backend.errors import SparsePrefillError
 
-BY_LADDER = ("error", "worst", "worst_size", "mass", "kept")
+SENSITIVITY = "sensitivity"  # no document's name
 SINGLE = ("size", "rows", "causal")
 
 
@@ -27,6 +30,32 @@ class PartsFolder:
 
     def load(self, name: str, key: str, group: Group) -> Part | None:
         """A document's part, if it has been finished under this key."""
+        tensors = self._read(name, key)
+        if tensors is None:
+            return None
+        ladders = range(sum(each.startswith("error.") for each in tensors))
+        fields: dict[str, Any] = {each: tensors[each] for each in SINGLE}
+        fields |= {each: [tensors[f"{each}.{n}"] for n in ladders] for each in BY_LADDER}
+        return Part(group=group, octaves=tensors["octaves"].tolist(), **fields)
+
+    def save(self, name: str, key: str, part: Part) -> None:
+        """Write a finished document's, whole or not at all. Raises SparsePrefillError."""
+        tensors = {"octaves": np.array(part.octaves, dtype=np.int64)}
+        tensors |= {each: getattr(part, each) for each in SINGLE}
+        for each in BY_LADDER:
+            tensors |= {f"{each}.{n}": x for n, x in enumerate(getattr(part, each))}
+        self._write(name, key, tensors)
+
+    def load_sensitivity(self, key: str) -> Floats | None:
+        """[L, H], if it has been measured under this key."""
+        tensors = self._read(SENSITIVITY, key)
+        return None if tensors is None else tensors[SENSITIVITY]
+
+    def save_sensitivity(self, key: str, sensitivity: Floats) -> None:
+        """Like `save`."""
+        self._write(SENSITIVITY, key, {SENSITIVITY: sensitivity})
+
+    def _read(self, name: str, key: str) -> dict[str, Any] | None:
         from safetensors import SafetensorError, safe_open
 
         path = self._path(name)
@@ -36,26 +65,16 @@ class PartsFolder:
             with safe_open(path, framework="numpy") as file:
                 if (file.metadata() or {}).get("key") != key:
                     return None
-                tensors = {each: file.get_tensor(each) for each in file.keys()}  # noqa: SIM118
+                return {each: file.get_tensor(each) for each in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError):  # cut off, or something else of that name
             return None
-        ladders = range(sum(each.startswith("error.") for each in tensors))
-        fields: dict[str, Any] = {each: tensors[each] for each in SINGLE}
-        fields |= {each: [tensors[f"{each}.{n}"] for n in ladders] for each in BY_LADDER}
-        return Part(group=group, octaves=tensors["octaves"].tolist(), **fields)
 
-    def save(self, name: str, key: str, part: Part) -> None:
-        """Write a finished document's, whole or not at all. Raises SparsePrefillError."""
-        import numpy as np
+    def _write(self, name: str, key: str, tensors: dict[str, Any]) -> None:
         from safetensors.numpy import save_file
 
-        tensors = {"octaves": np.array(part.octaves, dtype=np.int64)}
-        tensors |= {each: np.ascontiguousarray(getattr(part, each)) for each in SINGLE}
-        for each in BY_LADDER:
-            arrays = getattr(part, each)
-            tensors |= {f"{each}.{n}": np.ascontiguousarray(x) for n, x in enumerate(arrays)}
         path = self._path(name)
         scratch = path.with_suffix(".new")
+        tensors = {each: np.ascontiguousarray(its) for each, its in tensors.items()}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             save_file(tensors, scratch, metadata={"key": key})

@@ -8,8 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from vllm_sparse_backend.backend.observe import Call
-from vllm_sparse_backend.calibrate.measure import LayerRecord, Sums, sampled
-from vllm_sparse_backend.calibrate.parts import BY_LADDER
+from vllm_sparse_backend.calibrate.measure import BY_LADDER, LayerRecord, Sums, sampled
 from vllm_sparse_backend.calibrate.table import Group, Part
 from vllm_sparse_backend.config import SparseConfig
 

@@ -91,4 +91,6 @@ class Measurement(_Record):
     heads: list[HeadResult]  # of those layers, all of them
     curves: list[Curve]
     predicted: dict[int, Predicted]  # by length
+    # Of the prediction from the exact model's, as rule loss predicts it: nats a token, by length.
+    divergence: dict[int, float] = {}
     seconds: float  # it took

@@ -24,17 +24,28 @@ class Rule(StrEnum):
 
     HEAD = "head"
     GLOBAL = "global"
+    LOSS = "loss"
     SALE = "sale"
     MINFERENCE = "minference"
 
 
-def choose(table: Table, cost: Floats, rule: Rule, budget: float, tail: float = np.inf) -> Choice:
-    """A candidate for every head. ``cost`` [C, L, H] is what each would take.
+def choose(
+    table: Table,
+    cost: Floats,
+    rule: Rule,
+    budget: float,
+    tail: float = np.inf,
+    sensitivity: Floats | None = None,
+) -> Choice:
+    """A candidate for every head. ``cost`` [C, L, H] is what each would take; ``sensitivity``
+    [L, H], of `sensitivity.sensitivities`, is rule loss's.
 
     - head: the cheapest whose relative L1 is within ``budget`` in every group, and that of its
       worst 1% of rows within ``tail``.
     - global: the cheapest of all choices whose errors, each in its worst group, have a mean within
       ``budget``, and none a tail beyond ``tail``: error is spent where it buys most.
+    - loss: the same with what is predicted of the heads' errors (`divergence`): its sum, each head
+      in its worst group, is within ``budget`` nats a token.
     - sale: SALE's own (arXiv 2505.24179, section 3.3): from 0.008 on the threshold is halved until
       the absolute error per row is below ``budget`` (its theta) in every group.
     - minference: MInference's (arXiv 2407.02490, section 3.2): of what takes at most ``budget`` of
@@ -47,9 +58,20 @@ def choose(table: Table, cost: Floats, rule: Rule, budget: float, tail: float = 
         return _cheapest(cost, allowed & (error <= _limit(budget)))
     if rule is Rule.GLOBAL:
         return _spent_best(cost, error, allowed, _limit(budget))
+    if rule is Rule.LOSS:
+        assert sensitivity is not None
+        nats = divergence(table, sensitivity).max(1)
+        return _spent_best(cost, nats, allowed, _limit(budget) / sensitivity.size)
     if rule is Rule.SALE:
         return _halved(table, budget)
     return _least_error(cost, error, budget)
+
+
+def divergence(table: Table, sensitivity: Floats) -> Floats:
+    """KL divergence from the exact model's prediction that each candidate at each head would add,
+    in nats a token: [C, K, L, H]. To second order, for errors of independent directions: how
+    choices compare, more than how large they are."""
+    return 0.5 * sensitivity * table.square
 
 
 def _limit(budget: float) -> float:

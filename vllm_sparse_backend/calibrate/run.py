@@ -20,17 +20,19 @@ from typing import Any
 from vllm_sparse_backend import __version__
 from vllm_sparse_backend.calibrate.candidates import LADDERS
 from vllm_sparse_backend.calibrate.documents import Document
-from vllm_sparse_backend.calibrate.parts import PartsFolder
+from vllm_sparse_backend.calibrate.measure import BY_LADDER
+from vllm_sparse_backend.calibrate.parts import SENSITIVITY, PartsFolder
 from vllm_sparse_backend.calibrate.record import Recorder
 from vllm_sparse_backend.calibrate.results import Measurement, measurement_of, parts_of
 from vllm_sparse_backend.calibrate.rules import Rule, choose
 from vllm_sparse_backend.calibrate.summary import profile_of, summary_of
-from vllm_sparse_backend.calibrate.table import Part, relative_cost, tabulate
+from vllm_sparse_backend.calibrate.table import Floats, Part, relative_cost, tabulate
 from vllm_sparse_backend.config import SparseConfig
 from vllm_sparse_backend.errors import SparsePrefillError
 from vllm_sparse_backend.offline import EngineOptions, engine
 from vllm_sparse_backend.profile import ModelFacts, Profile
 from vllm_sparse_backend.selection import DENSE
+from vllm_sparse_backend.tasks.catalog import Task
 
 DENSE_CONFIG: dict[str, Any] = {"policy": DENSE.model_dump()}
 
@@ -103,6 +105,9 @@ def calibrate(
 
     started = time.perf_counter()
     folder = PartsFolder(parts_of(wanted.output))
+    sensitivity = None
+    if wanted.rule is Rule.LOSS:
+        sensitivity = _sensitivity(wanted, model, documents, progress, folder)
     made = None
     for again in (False, True) if wanted.as_served else (False,):
         served = {"profile": str(wanted.output.resolve())} if again else DENSE_CONFIG
@@ -111,19 +116,43 @@ def calibrate(
         table = tabulate(parts)
         isa = core.active_isa()
         cost = relative_cost(table, isa, model.facts.head_dim)
-        choice = choose(table, cost, wanted.rule, wanted.budget, wanted.tail)
+        choice = choose(table, cost, wanted.rule, wanted.budget, wanted.tail, sensitivity)
         profile = profile_of(wanted, model, table, choice, isa)
         _write(profile, wanted.output)
         made = profile, table, choice, isa
     assert made is not None
     profile, table, choice, isa = made
     seconds = time.perf_counter() - started
-    measurement = summary_of(wanted, model, profile, table, choice, isa, seconds)
+    measurement = summary_of(wanted, model, profile, table, choice, isa, seconds, sensitivity)
     path = measurement_of(wanted.output)
     scratch = path.with_suffix(".new")
     scratch.write_text(measurement.model_dump_json(indent=1) + "\n", encoding="utf-8")
     os.replace(scratch, path)
     return profile, measurement
+
+
+def _sensitivity(
+    wanted: Wanted,
+    model: Model,
+    documents: Sequence[Document],
+    progress: Progress,
+    folder: PartsFolder,
+) -> Floats:
+    """Of the heads that can be sparse [L, H], measured now or by an earlier run."""
+    from vllm_sparse_backend.calibrate.sensitivity import TOKENS, sensitivities
+
+    options = wanted.options
+    ids = next(its.token_ids for its in documents if its.group.kind == Task.TEXT)[:TOKENS]
+    key = _hash([__version__, options.identity(), model.sparse_layers, wanted.seed, ids])
+    found = folder.load_sensitivity(key)
+    progress.document(SENSITIVITY, 1, reused=found is not None)
+    if found is None:
+        found = sensitivities(
+            options.model, model.facts, model.sparse_layers, ids, options.hf_overrides, wanted.seed
+        )
+        folder.save_sensitivity(key, found)
+        progress.advance()
+    return found
 
 
 def _parts(
@@ -187,22 +216,20 @@ def _read(
 
 def _key(wanted: Wanted, model: Model, document: Document, followed: str) -> str:
     """Of all that a document's measurement depends on."""
-    options = wanted.options
     decides = {
         "version": __version__,
-        "model": [options.model, model.facts.model_dump(), _weights(Path(options.model))],
-        "served": [options.dtype, options.chunk_tokens, options.hf_overrides, followed],
+        "model": model.facts.model_dump(),
+        "served": [wanted.options.identity(), followed],
+        "figures": BY_LADDER,
         "ladders": [[its.model_dump() for its in ladder.settings] for ladder in LADDERS],
         "measured": [wanted.blocks, wanted.seed],
         "tokens": document.token_ids,
     }
+    return _hash(decides)
+
+
+def _hash(decides: Any) -> str:
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
-
-
-def _weights(folder: Path) -> list[list[str | int]]:
-    """Name, size and age of a folder's weights: another training is another model."""
-    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 def _write(profile: Profile, path: Path) -> None:

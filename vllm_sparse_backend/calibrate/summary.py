@@ -16,7 +16,7 @@ from vllm_sparse_backend.calibrate.results import (
     Point,
     Predicted,
 )
-from vllm_sparse_backend.calibrate.rules import Choice
+from vllm_sparse_backend.calibrate.rules import Choice, Rule, divergence
 from vllm_sparse_backend.calibrate.table import Floats, Table
 from vllm_sparse_backend.ops.cpu import cost
 from vllm_sparse_backend.profile import Calibration, Profile
@@ -43,12 +43,12 @@ def profile_of(wanted: Wanted, model: Model, table: Table, choice: Choice, isa: 
     calibration = Calibration(
         texts=list(wanted.texts),
         lengths=list(table.lengths),
-        error_budget=min(wanted.budget, 1.0),
+        error_budget=min(wanted.budget, 1.0) if wanted.rule in (Rule.HEAD, Rule.GLOBAL) else None,
         seed=wanted.seed,
         figures=figures,
-        note=f"rule {wanted.rule}; density: mean over heads and kinds of text; error, tail and "
-        "recall: mean over heads, each in its worst kind; attention_speedup: predicted, "
-        f"against CPU_ATTN with {isa}",
+        note=f"rule {wanted.rule}, budget {wanted.budget:g}; density: mean over heads and kinds of "
+        "text; error, tail and recall: mean over heads, each in its worst kind; "
+        f"attention_speedup: predicted, against CPU_ATTN with {isa}",
     )
     return Profile.build(
         model.facts, policies, name=wanted.name, defaults=DENSE, calibration=calibration
@@ -63,6 +63,7 @@ def summary_of(
     choice: Choice,
     isa: str,
     seconds: float,
+    sensitivity: Floats | None = None,
 ) -> Measurement:
     """What is written beside the profile."""
     heads = [
@@ -96,8 +97,17 @@ def summary_of(
         predicted={
             length: predicted(model, table, length, choice, isa) for length in table.lengths
         },
+        divergence={} if sensitivity is None else _divergence(table, choice, sensitivity),
         seconds=round(seconds, 1),
     )
+
+
+def _divergence(table: Table, choice: Choice, sensitivity: Floats) -> dict[int, float]:
+    """By length, of the kind of text where the sum over heads is largest."""
+    nats = np.take_along_axis(divergence(table, sensitivity), choice[None, None], 0)[0].sum((1, 2))
+    return {
+        length: _rounded(max(nats[i] for i in table.of_length(length))) for length in table.lengths
+    }
 
 
 def predicted(model: Model, table: Table, length: int, choice: Choice, isa: str) -> Predicted:

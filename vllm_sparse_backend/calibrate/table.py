@@ -10,10 +10,15 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_sparse_backend.calibrate.candidates import LADDERS
+from vllm_sparse_backend.calibrate.measure import BY_LADDER
 from vllm_sparse_backend.ops.cpu import cost
 from vllm_sparse_backend.selection import DENSE, AnyPolicy
 
 Floats = npt.NDArray[np.float64]
+# The figures of a table, and what they are where everything is computed.
+EXACT = {
+    "density": 1.0, "error": 0.0, "tail": 0.0, "recall": 1.0, "absolute": 0.0, "square": 0.0
+}  # fmt: skip
 
 
 class Group(NamedTuple):
@@ -28,7 +33,7 @@ class Part:
     """What one document gave: `measure.Sums` of its layers, stacked; L layers of H heads.
 
     ``size`` [L, H, octaves], ``rows`` and ``causal`` [octaves]; by ladder [L, H, octaves, G]:
-    ``error``, ``worst``, ``worst_size``, ``mass``, ``kept``.
+    ``error``, ``square``, ``worst``, ``worst_size``, ``mass``, ``kept``.
     """
 
     group: Group
@@ -37,6 +42,7 @@ class Part:
     rows: Floats
     causal: Floats
     error: Sequence[Floats]
+    square: Sequence[Floats]
     worst: Sequence[Floats]
     worst_size: Sequence[Floats]
     mass: Sequence[Floats]
@@ -63,6 +69,7 @@ class Table:
     tail: Floats  # the same of the worst 1% of the rows
     recall: Floats
     absolute: Floats  # sum of |O~ - O| per row, as SALE's calibration has it
+    square: Floats  # sum of (O~ - O)^2 per row
 
     @property
     def lengths(self) -> list[int]:
@@ -91,8 +98,7 @@ def tabulate(parts: Iterable[Part]) -> Table:
         by_group.setdefault(part.group, []).append(part)
     groups = sorted(by_group)
     columns = [_columns(by_group[group]) for group in groups]
-    names = ("density", "error", "tail", "recall", "absolute")
-    stacked = {name: np.stack([column[name] for column in columns], 1) for name in names}
+    stacked = {name: np.stack([column[name] for column in columns], 1) for name in EXACT}
     return Table(all_candidates(), groups, **stacked)
 
 
@@ -102,31 +108,25 @@ def _columns(parts: Sequence[Part]) -> dict[str, Floats]:
     rows, causal = (
         sum(x.sum() for x in each) for each in ([p.rows for p in parts], [p.causal for p in parts])
     )
-    made: dict[str, list[Floats]] = {
-        "density": [],
-        "error": [],
-        "tail": [],
-        "recall": [],
-        "absolute": [],
-    }
+    made: dict[str, list[Floats]] = {name: [] for name in EXACT}
     for number, ladder in enumerate(LADDERS):
         for slope in ladder.slopes:
-            error, worst, worst_size, mass, kept = (
+            error, square, worst, worst_size, mass, kept = (
                 sum(
                     _moved(getattr(part, name)[number], part.octaves, number, slope)
                     for part in parts
                 )
-                for name in ("error", "worst", "worst_size", "mass", "kept")
+                for name in BY_LADDER
             )  # [L, H, G]
             made["density"].append(kept / causal)
             made["error"].append(error / np.maximum(size, 1e-30)[..., None])
             made["tail"].append(worst / np.maximum(worst_size, 1e-30))
             made["recall"].append(mass / rows)
             made["absolute"].append(error / rows)
-    exact = {"density": 1.0, "error": 0.0, "tail": 0.0, "recall": 1.0, "absolute": 0.0}
+            made["square"].append(square / rows)
     return {
         name: np.concatenate(
-            [np.moveaxis(np.concatenate(arrays, 2), 2, 0), np.full((1, *size.shape), exact[name])]
+            [np.moveaxis(np.concatenate(arrays, 2), 2, 0), np.full((1, *size.shape), EXACT[name])]
         )
         for name, arrays in made.items()
     }

@@ -25,8 +25,10 @@ from vllm_sparse_backend.tasks.catalog import Task
 if TYPE_CHECKING:
     from vllm_sparse_backend.evaluate.plan import Plan, Wanted
 
-FILE = "eval.json"
+FILE, DENSE = "eval.json", "dense"
 NAMES = ",".join(Task)
+# Questions of one document are asked over its cached prefill, one short step each.
+QUESTION_TOKENS = 2
 
 
 def _tasks(text: str) -> tuple[Task, ...]:
@@ -89,7 +91,21 @@ def evaluate_(
             help="The sparse side's: contexts are dense while they are shorter.",
         ),
     ] = None,
-    output: Annotated[Path, typer.Option(help=f"Folder of {FILE}.")] = Path("eval-report"),
+    min_query_tokens: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="The sparse side's: steps of fewer query tokens are dense. A server's is 64; here "
+            "every question is sparse, as it is in a prompt that is read at once.",
+        ),
+    ] = QUESTION_TOKENS,
+    output: Annotated[
+        Path,
+        typer.Option(
+            help=f"Folder of {FILE}. What dense attention read for an earlier {FILE} in it "
+            "is not read again."
+        ),
+    ] = Path("eval-report"),
     json: Annotated[
         bool, typer.Option("--json", help="Print the results as JSON instead of tables.")
     ] = False,
@@ -137,15 +153,17 @@ def evaluate_(
             chunk_tokens=chunk_tokens,
             hf_overrides=json_object(hf_overrides, "--hf-overrides"),
             sparse_config=_sparse_config(
-                profile, json_object(policy, "--policy"), min_prompt_tokens
+                profile, json_object(policy, "--policy"), min_prompt_tokens, min_query_tokens
             ),
         )
         plan = _plan(model, text or [], wanted)
         # vLLM writes its log to stdout, which is the results'.
         with contextlib.redirect_stdout(sys.stderr):
+            from vllm_sparse_backend.evaluate.kept import DenseReadings
             from vllm_sparse_backend.evaluate.run import run
 
-            results = run(plan, shlex.join(["vllm-sparse", *sys.argv[1:]]))
+            kept = DenseReadings(output / DENSE, plan.options)
+            results = run(plan, shlex.join(["vllm-sparse", *sys.argv[1:]]), kept)
         output.mkdir(parents=True, exist_ok=True)
         results.save(output / FILE)
         if json:
@@ -181,9 +199,12 @@ def _plan(model: str | None, texts: list[Path], wanted: Wanted) -> Plan:
 
 
 def _sparse_config(
-    profile: Path | None, policy: dict[str, Any] | None, min_prompt_tokens: int | None
+    profile: Path | None,
+    policy: dict[str, Any] | None,
+    min_prompt_tokens: int | None,
+    min_query_tokens: int,
 ) -> dict[str, Any]:
-    config: dict[str, Any] = {}
+    config: dict[str, Any] = {"min_query_tokens": min_query_tokens}
     if profile is not None:
         from vllm_sparse_backend.profile import load_profile
 

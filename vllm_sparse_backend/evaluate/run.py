@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from vllm_sparse_backend.demo.machine import this_machine
 from vllm_sparse_backend.demo.progress import console, note
 from vllm_sparse_backend.evaluate.judge import judge
+from vllm_sparse_backend.evaluate.kept import DenseReadings
 from vllm_sparse_backend.evaluate.plan import Plan
 from vllm_sparse_backend.evaluate.readings import Reader, Reading
 from vllm_sparse_backend.evaluate.results import Evaluation
@@ -22,6 +23,7 @@ from vllm_sparse_backend.evaluate.statistics import perplexity
 from vllm_sparse_backend.offline import engine
 from vllm_sparse_backend.profile import ModelFacts
 from vllm_sparse_backend.tasks.catalog import Batch
+from vllm_sparse_backend.tasks.items import Item
 
 Advance = Callable[[str, int], None]  # what is being done, tokens of it that are done
 
@@ -36,8 +38,9 @@ class Served:
     threads: int
 
 
-def run(plan: Plan, repeat: str) -> Evaluation:
-    """Measure everything. `repeat`: the command to show for it.
+def run(plan: Plan, repeat: str, kept: DenseReadings) -> Evaluation:
+    """Measure everything, but for what the dense side has read before. `repeat`: the command to
+    show for it.
 
     Raises SparsePrefillError if the sparse backend cannot run as asked.
     """
@@ -48,8 +51,11 @@ def run(plan: Plan, repeat: str) -> Evaluation:
         with engine(plan.options, "sparse_prefill", plan.sparse_config) as llm:
             served = _served(llm)
             sparse = list(_readings(plan, llm, "sparse", advance))
-        with engine(plan.options, "CPU_ATTN") as llm:
-            dense = list(_readings(plan, llm, "dense", advance))
+        if all(kept.load(name, item) for name, item in _documents(plan)):
+            dense = list(_readings(plan, None, "dense", advance, kept))
+        else:
+            with engine(plan.options, "CPU_ATTN") as llm:
+                dense = list(_readings(plan, llm, "dense", advance, kept))
     rows = [
         judge(batch, length, its, ours)
         for (length, batch), its, ours in zip(plan.batches, dense, sparse, strict=True)
@@ -78,18 +84,40 @@ def run(plan: Plan, repeat: str) -> Evaluation:
     )
 
 
-def _readings(plan: Plan, llm: Any, side: str, advance: Advance) -> Iterator[list[Reading]]:
-    """Of each batch, of each of its items."""
-    reader = Reader(llm)
-    reader.warm_up(plan.batches[-1][1].items[0].token_ids)
-    for number, (length, batch) in enumerate(plan.batches):
-        readings = []
+def _documents(plan: Plan) -> Iterator[tuple[str, Item]]:
+    """All of them, each with a name of its own."""
+    for length, batch in plan.batches:
         for place, item in enumerate(batch.items):
-            advance(f"{side}: {batch.task}, {length} tokens", 0)
-            readings.append(reader.read(item, f"{number}-{place}"))
-            advance(f"{side}: {batch.task}, {length} tokens", length)
+            yield f"{batch.task}-{batch.text}-{length}-{place}", item
+
+
+def _readings(
+    plan: Plan, llm: Any, side: str, advance: Advance, kept: DenseReadings | None = None
+) -> Iterator[list[Reading]]:
+    """Of each batch, of each of its items: what is in `kept`, the others by `llm`."""
+    documents = _documents(plan)
+    reader = None
+    for length, batch in plan.batches:
+        what = f"{side}: {batch.task}, {length} tokens"
+        readings = []
+        for name, item in islice(documents, len(batch.items)):
+            advance(what, 0)
+            reading = kept.load(name, item) if kept else None
+            if reading is None:
+                reader = reader or _warmed_up(llm, item)
+                reading = reader.read(item, name)
+                if kept:
+                    kept.save(name, item, reading)
+            readings.append(reading)
+            advance(what, length)
         note(f"{side}: {batch.task} ({batch.text}), {length} tokens: {_brief(batch, readings)}")
         yield readings
+
+
+def _warmed_up(llm: Any, item: Item) -> Reader:
+    reader = Reader(llm)
+    reader.warm_up(item.token_ids)
+    return reader
 
 
 def _brief(batch: Batch, readings: Sequence[Reading]) -> str:

@@ -1,0 +1,56 @@
+"""Dense readings of an earlier evaluation in the same folder: no profile changes them.
+
+A document counts as read only under the same model, engine options and tokens, which a key says.
+What the sparse side reads is never kept: it changes with every profile and every kernel.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from vllm_sparse_backend.evaluate.readings import Reading
+from vllm_sparse_backend.offline import EngineOptions
+from vllm_sparse_backend.tasks.items import Item
+
+
+class _Kept(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    key: str
+    reading: Reading
+
+
+class DenseReadings:
+    """One file in ``folder`` for each document that ``options``' engine has read."""
+
+    def __init__(self, folder: Path, options: EngineOptions) -> None:
+        self._folder, self._options = folder, options
+
+    def load(self, name: str, item: Item) -> Reading | None:
+        """What was read of `item`, if it was."""
+        try:
+            kept = _Kept.model_validate_json(self._path(name).read_bytes())
+        except (OSError, ValidationError):  # not there, cut off, or something else of that name
+            return None
+        return kept.reading if kept.key == self._key(item) else None
+
+    def save(self, name: str, item: Item, reading: Reading) -> None:
+        """Keep it, whole or not at all. Raises OSError."""
+        path = self._path(name)
+        scratch = path.with_suffix(".new")
+        self._folder.mkdir(parents=True, exist_ok=True)
+        scratch.write_text(_Kept(key=self._key(item), reading=reading).model_dump_json())
+        os.replace(scratch, path)
+
+    def _key(self, item: Item) -> str:
+        asked = [question.token_ids for question in item.questions]
+        decides = [self._options.identity(), item.token_ids, asked, item.scored]
+        return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
+
+    def _path(self, name: str) -> Path:
+        return self._folder / f"{name}.json"
