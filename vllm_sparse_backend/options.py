@@ -72,6 +72,23 @@ def json_object(text: str | None, option: str) -> dict[str, Any] | None:
 
 
 @contextmanager
+def file_named(file: str) -> Iterator[None]:
+    """A file that cannot be read as what it should be is refused, `file` saying which it is."""
+    from pydantic import ValidationError
+
+    from vllm_sparse_backend.errors import describe
+
+    try:
+        yield
+    except OSError as error:
+        raise Refused(f"{file}: {error.strerror}") from None
+    except ValidationError as error:
+        raise Refused(f"{file}: {describe(error)}") from None
+    except UnicodeDecodeError as error:
+        raise Refused(f"{file}: not UTF-8 text: {error.reason}") from None
+
+
+@contextmanager
 def errors_named(interrupted: str = "interrupted") -> Iterator[None]:
     """What a user can do something about becomes one message and an exit status."""
     try:

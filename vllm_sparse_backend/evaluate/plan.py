@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,8 @@ from vllm_sparse_backend.config import SECTION, SparseConfig, load_config
 from vllm_sparse_backend.demo.plan import LARGE_VOCABULARY, Facts, LengthRefused, served_name
 from vllm_sparse_backend.errors import TextError
 from vllm_sparse_backend.evaluate.readings import ANSWER_TOKENS, RESERVE
-from vllm_sparse_backend.offline import EngineOptions
+from vllm_sparse_backend.offline import EngineOptions, kv_gib
+from vllm_sparse_backend.profile import ModelFacts
 from vllm_sparse_backend.tasks.catalog import Batch, Task, make_batches
 from vllm_sparse_backend.tasks.stream import TokenStream
 
@@ -106,10 +106,14 @@ def _kv_gib(model: Path, tokens: int, dtype: str) -> int:
 
     config: Any = AutoConfig.from_pretrained(model).get_text_config()
     queries = config.num_attention_heads
-    heads = getattr(config, "num_key_value_heads", None) or queries
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // queries
-    each = 2 * config.num_hidden_layers * heads * head_dim * (4 if dtype == "float32" else 2)
-    return math.ceil(SPARE * tokens * each / 2**30)
+    sizes = ModelFacts(
+        architecture=config.model_type,
+        num_layers=config.num_hidden_layers,
+        num_heads=queries,
+        num_kv_heads=getattr(config, "num_key_value_heads", None) or queries,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // queries,
+    )
+    return kv_gib(sizes, round(SPARE * tokens), dtype)
 
 
 def _check_room(batch: Batch) -> None:

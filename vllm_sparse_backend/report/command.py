@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vllm_sparse_backend.options import Refused, errors_named
+from vllm_sparse_backend.options import Refused, errors_named, file_named
 
 if TYPE_CHECKING:
     from vllm_sparse_backend.evaluate.results import Evaluation
@@ -77,19 +77,10 @@ def _measurement(profile: Profile, path: Path, given: Path | None) -> Found:
 
 
 def _evaluation(profile: Profile, path: Path) -> Evaluation:
-    from pydantic import ValidationError
-
-    from vllm_sparse_backend.errors import describe
     from vllm_sparse_backend.evaluate.results import SCHEMA, load_evaluation
 
-    try:
+    with file_named(f"--eval {path}"):
         evaluation = load_evaluation(path)
-    except OSError as error:
-        raise Refused(f"--eval {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise Refused(f"--eval {path}: not UTF-8 text: {error.reason}") from None
-    except ValidationError as error:
-        raise Refused(f"--eval {path}: {describe(error)}") from None
     if evaluation.evaluation_schema != SCHEMA:
         raise Refused(
             f"--eval {path}: want evaluation_schema {SCHEMA}, got {evaluation.evaluation_schema}"

@@ -10,11 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from pydantic import ValidationError
 
 from vllm_sparse_backend.calibrate.results import SCHEMA, Figures, Measurement, measurement_of
-from vllm_sparse_backend.errors import describe
-from vllm_sparse_backend.options import Refused
+from vllm_sparse_backend.options import Refused, file_named
 from vllm_sparse_backend.profile import Profile
 
 
@@ -40,14 +38,8 @@ def find(profile: Profile, path: Path) -> Found:
 
 def load_measurement(path: Path) -> Measurement:
     """The measurement in a file. Raises Refused saying what is wrong with which file."""
-    try:
+    with file_named(f"measurement {path}"):
         measurement = Measurement.model_validate_json(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise Refused(f"measurement {path}: {error.strerror}") from None
-    except ValidationError as error:
-        raise Refused(f"measurement {path}: {describe(error)}") from None
-    except UnicodeDecodeError as error:
-        raise Refused(f"measurement {path}: not UTF-8 text: {error.reason}") from None
     if measurement.measurement_schema != SCHEMA:
         raise Refused(
             f"measurement {path}: want measurement_schema {SCHEMA}, "
