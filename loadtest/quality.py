@@ -120,6 +120,9 @@ class Case(BaseModel):
     perplexity: float
     change_percent: float  # of the perplexity, against dense
     error_percent: float | None  # standard error of that over documents; None for a single one
+    # Half the mean square of the loss's change: what the predictions' divergence from dense comes
+    # to, whichever way the text happens to reward it.
+    divergence_nats: float
     worst_nats: float  # mean growth of the loss over the 1% of the tokens that it grew most on
     found: int  # documents whose scored tokens would all be decoded: of interest for needles
     asked: int
@@ -273,6 +276,7 @@ def judge(task: Task, length: int, contender: Contender, reading: Reading, dense
         perplexity=math.exp(float(torch.cat(reading.losses).mean())),
         change_percent=100 * (ratio - 1),
         error_percent=error,
+        divergence_nats=float(every.square().mean() / 2),
         worst_nats=float(every.topk(math.ceil(WORST * len(every))).values.mean()),
         found=sum(reading.found),
         asked=len(reading.found),
@@ -283,7 +287,14 @@ def judge(task: Task, length: int, contender: Contender, reading: Reading, dense
 
 def show(task: Task, cases: Iterable[Case]) -> None:
     """The cases of one task, as a table on stdout."""
-    columns = ["density", "perplexity", "change %", "worst 1%", "select + attend s"]
+    columns = [
+        "density",
+        "perplexity",
+        "change %",
+        "divergence, mnat",
+        "worst 1%",
+        "select + attend s",
+    ]
     table = Table(task, *columns, *(["found"] if task is Task.NEEDLES else []))
     for case in cases:
         table.add_row(
@@ -292,6 +303,7 @@ def show(task: Task, cases: Iterable[Case]) -> None:
             f"{case.perplexity:.3f}",
             f"{case.change_percent:+.2f}"
             + (f" ± {case.error_percent:.2f}" if case.error_percent is not None else ""),
+            f"{1000 * case.divergence_nats:.1f}",
             f"{case.worst_nats:.2f}",
             f"{case.select_seconds:.1f} + {case.attend_seconds:.1f}",
             *([f"{case.found} of {case.asked}"] if task is Task.NEEDLES else []),

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 BUDGETS = {
     "head": ("--error", 0.02),
     "global": ("--error", 0.02),
-    "loss": ("--loss", 0.005),
+    "loss": ("--error", 0.02),
     "sale": ("--theta", 0.4),
     "minference": ("--work", 0.25),
 }
@@ -54,7 +54,7 @@ def calibrate(
         typer.Option(
             min=0.0,
             max=1.0,
-            help="The error budget of rules head and global: relative L1 of a head's output "
+            help="The error budget of rules head, global and loss: relative L1 of a head's output "
             "against dense attention, in every kind of text at every length. 0: all dense; 1: as "
             "little as there is. Default: 0.02.",
         ),
@@ -67,18 +67,11 @@ def calibrate(
         Literal["head", "global", "loss", "sale", "minference"],
         typer.Option(
             help="head: every head within the budget. global: their mean within it, spent where "
-            "it buys most. loss: the same, of what the errors do to the model's prediction, within "
-            "--loss. sale: SALE's own, with --theta. minference: the least error for --work."
+            "it buys most. loss: the same, and what the errors do to the model's prediction "
+            "counts with them. sale: SALE's own, with --theta. minference: the least error for "
+            "--work."
         ),
     ] = "head",
-    loss: Annotated[
-        float | None,
-        typer.Option(
-            min=0.0,
-            help="Of rule loss: nats a token that the prediction may diverge by from the exact "
-            "model's, as its gradient predicts it. Default: 0.005.",
-        ),
-    ] = None,
     theta: Annotated[
         float | None,
         typer.Option(min=0.0, help="Of rule sale: absolute error per row. Default: 0.4."),
@@ -133,7 +126,7 @@ def calibrate(
     Examples:
       vllm-sparse calibrate ./model --text src/ --text notes.txt -o profile.json
       vllm-sparse calibrate ./model --text src/ --lengths 8192,32768 --error 0.01
-      vllm-sparse calibrate ./model --text src/ --rule loss --loss 0.005
+      vllm-sparse calibrate ./model --text src/ --rule loss --error 0.06
       vllm-sparse calibrate ./model --text src/ --rule sale --theta 0.4
 
     \b
@@ -165,7 +158,7 @@ def calibrate(
         from vllm_sparse_backend.tasks.source import read_sources
         from vllm_sparse_backend.tasks.stream import TokenStream
 
-        budget = _budget(rule, {"--error": error, "--loss": loss, "--theta": theta, "--work": work})
+        budget = _budget(rule, {"--error": error, "--theta": theta, "--work": work})
         chosen = parse_lengths(lengths)
         overrides = json_object(hf_overrides, "--hf-overrides")
         path = ensure_model(model)

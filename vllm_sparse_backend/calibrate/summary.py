@@ -43,7 +43,9 @@ def profile_of(wanted: Wanted, model: Model, table: Table, choice: Choice, isa: 
     calibration = Calibration(
         texts=list(wanted.texts),
         lengths=list(table.lengths),
-        error_budget=min(wanted.budget, 1.0) if wanted.rule in (Rule.HEAD, Rule.GLOBAL) else None,
+        error_budget=min(wanted.budget, 1.0)
+        if wanted.rule in (Rule.HEAD, Rule.GLOBAL, Rule.LOSS)
+        else None,
         seed=wanted.seed,
         figures=figures,
         note=f"rule {wanted.rule}, budget {wanted.budget:g}; density: mean over heads and kinds of "
