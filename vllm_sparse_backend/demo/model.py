@@ -110,6 +110,11 @@ def ensure_model(
     return folder
 
 
+def folder_of(name: str) -> str:
+    """The folder of one of `KNOWN`, made as by `ensure_model`; any other name as it is."""
+    return str(ensure_model(name)) if name in KNOWN else name
+
+
 def default_cache_dir() -> Path:
     """`vllm-sparse-backend` in the user's cache directory (`XDG_CACHE_HOME`, else `~/.cache`)."""
     home = os.environ.get("XDG_CACHE_HOME")
