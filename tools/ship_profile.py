@@ -9,35 +9,42 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from vllm_sparse_backend.evaluate.results import load_evaluation
+from vllm_sparse_backend.evaluate.results import Row, load_evaluation
 from vllm_sparse_backend.profile import load_profile
 
 
-def _of_evaluation(path: Path, digest: str) -> dict[str, float]:
-    evaluation = load_evaluation(path)
-    if evaluation.profile_digest != digest:
-        raise typer.BadParameter(f"{path}: of profile {evaluation.profile_digest}, want {digest}")
+def _of_evaluations(paths: Sequence[Path], digest: str) -> dict[str, float]:
+    """Questions of several seeds add up."""
+    counts: Counter[str] = Counter()
     figures: dict[str, float] = {}
-    for row in evaluation.rows:
+    for row in chain.from_iterable(_rows(path, digest) for path in paths):
         name = f"eval_{row.task}_{row.length}"
         if row.retrieval:
-            figures |= {
-                f"{name}_asked": row.retrieval.asked,
-                f"{name}_dense_right": row.retrieval.dense_right,
-                f"{name}_kept": row.retrieval.both,
-                f"{name}_gained": row.retrieval.gained,
-            }
+            counts[f"{name}_asked"] += row.retrieval.asked
+            counts[f"{name}_dense_right"] += row.retrieval.dense_right
+            counts[f"{name}_kept"] += row.retrieval.both
+            counts[f"{name}_gained"] += row.retrieval.gained
         if row.likelihood:
             name = f"{name}_{row.text}"
             figures[f"{name}_perplexity_percent"] = round(row.likelihood.change_percent, 2)
         if row.density is not None:
             figures[f"{name}_density"] = round(row.density, 3)
-    return figures
+    return figures | counts
+
+
+def _rows(path: Path, digest: str) -> tuple[Row, ...]:
+    evaluation = load_evaluation(path)
+    if evaluation.profile_digest != digest:
+        raise typer.BadParameter(f"{path}: of profile {evaluation.profile_digest}, want {digest}")
+    return evaluation.rows
 
 
 def _of_quality(path: Path, name: str) -> dict[str, float]:
@@ -65,8 +72,7 @@ def main(
     if made.calibration is None:
         raise typer.BadParameter(f"{profile}: not calibrated")
     figures = dict(made.calibration.figures)
-    for path in evaluation or []:
-        figures |= _of_evaluation(path, made.digest)
+    figures |= _of_evaluations(evaluation or [], made.digest)
     if quality is not None:
         figures |= _of_quality(quality, known_as)
     calibration = made.calibration.model_copy(update={"figures": figures})
