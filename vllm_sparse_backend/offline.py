@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from vllm_sparse_backend.compat import vllm_version
 from vllm_sparse_backend.config import SECTION
 from vllm_sparse_backend.profile import ModelFacts
 
@@ -37,6 +38,7 @@ class EngineOptions:
         folder = Path(self.model)
         weights = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
         return {
+            "vllm": vllm_version(),
             "model": self.model,
             "weights": [[it.name, it.stat().st_size, it.stat().st_mtime_ns] for it in weights],
             "dtype": self.dtype,

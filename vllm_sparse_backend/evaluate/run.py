@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import chain, islice
+from itertools import chain
 from typing import Any
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -51,7 +51,7 @@ def run(plan: Plan, repeat: str, kept: DenseReadings) -> Evaluation:
         with engine(plan.options, "sparse_prefill", plan.sparse_config) as llm:
             served = _served(llm)
             sparse = list(_readings(plan, llm, "sparse", advance))
-        if all(kept.load(name, item) for name, item in _documents(plan)):
+        if all(kept.load(*document) for its in plan.batches for document in _named(*its)):
             dense = list(_readings(plan, None, "dense", advance, kept))
         else:
             with engine(plan.options, "CPU_ATTN") as llm:
@@ -84,23 +84,21 @@ def run(plan: Plan, repeat: str, kept: DenseReadings) -> Evaluation:
     )
 
 
-def _documents(plan: Plan) -> Iterator[tuple[str, Item]]:
-    """All of them, each with a name of its own."""
-    for length, batch in plan.batches:
-        for place, item in enumerate(batch.items):
-            yield f"{batch.task}-{batch.text}-{length}-{place}", item
+def _named(length: int, batch: Batch) -> Iterator[tuple[str, Item]]:
+    """A batch's documents, each with a name that no other has."""
+    for place, item in enumerate(batch.items):
+        yield f"{batch.task}-{batch.text}-{length}-{place}", item
 
 
 def _readings(
     plan: Plan, llm: Any, side: str, advance: Advance, kept: DenseReadings | None = None
 ) -> Iterator[list[Reading]]:
     """Of each batch, of each of its items: what is in `kept`, the others by `llm`."""
-    documents = _documents(plan)
     reader = None
     for length, batch in plan.batches:
         what = f"{side}: {batch.task}, {length} tokens"
         readings = []
-        for name, item in islice(documents, len(batch.items)):
+        for name, item in _named(length, batch):
             advance(what, 0)
             reading = kept.load(name, item) if kept else None
             if reading is None:
