@@ -70,6 +70,11 @@ def test_a_sensitivity_is_of_the_layers_asked_for_and_of_the_seed(tiny_llama: Pa
 def test_what_transformers_cannot_do_is_named(tiny_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(SparsePrefillError, match=r"wants attention with .* none in \[7\]"):
         sensitivities(str(tiny_llama), FACTS, [0, 7], IDS[:64], None, seed=1)
+    more = FACTS.model_copy(update={"num_heads": 8})
+    with pytest.raises(
+        SparsePrefillError, match=r"layer 0: rule loss wants 8 heads of 64 .* got 256"
+    ):
+        sensitivities(str(tiny_llama), more, [0], IDS[:64], None, seed=1)
     odd = shutil.copytree(tiny_llama, tmp_path / "odd")
     (odd / "config.json").write_text('{"model_type": "unheard-of"}')
     with pytest.raises(SparsePrefillError, match="transformers cannot load it"):

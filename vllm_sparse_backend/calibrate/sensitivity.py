@@ -74,7 +74,15 @@ def sensitivities(
 
 
 def _collect(squares: dict[int, torch.Tensor], layer: int, facts: ModelFacts) -> Any:
+    wanted = facts.num_heads * facts.head_dim
+
     def before(_: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        if (got := inputs[0].shape[-1]) != wanted:
+            raise SparsePrefillError(
+                f"layer {layer}: rule loss wants {facts.num_heads} heads of {facts.head_dim} before "
+                f"o_proj, got {got} channels"
+            )
+
         def gradient(g: torch.Tensor) -> None:
             by_head = g.view(-1, facts.num_heads, facts.head_dim)  # [T, H, D]
             squares[layer] = by_head.square().mean((0, 2))
