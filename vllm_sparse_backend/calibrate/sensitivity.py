@@ -79,8 +79,8 @@ def _collect(squares: dict[int, torch.Tensor], layer: int, facts: ModelFacts) ->
     def before(_: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
         if (got := inputs[0].shape[-1]) != wanted:
             raise SparsePrefillError(
-                f"layer {layer}: rule loss wants {facts.num_heads} heads of {facts.head_dim} before "
-                f"o_proj, got {got} channels"
+                f"layer {layer}: rule loss wants {facts.num_heads} heads of {facts.head_dim} "
+                f"before o_proj, got {got} channels"
             )
 
         def gradient(g: torch.Tensor) -> None:
