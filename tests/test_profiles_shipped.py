@@ -19,7 +19,7 @@ SHIPPED = sorted(path for path in FOLDER.glob("*.json") if path != SCHEMA)
 
 
 def test_there_are_some() -> None:
-    assert [path.stem for path in SHIPPED] == ["smollm2-135m-instruct"]
+    assert [path.stem for path in SHIPPED] == ["gemma-3-270m", "smollm2-135m-instruct"]
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
