@@ -401,6 +401,7 @@ def test_a_whole_run_of_a_tiny_model(tiny_llama: Path, words: Path, tmp_path: Pa
         assert 0 < abs(row.likelihood.change_percent) < 20
     again = _eval(str(tiny_llama), *options)  # the dense side is there
     assert Evaluation.model_validate_json(again.stdout).rows == results.rows
+    assert "8 of 8 documents were read for an earlier" in again.stderr
     assert "dense: text (text), 1024 tokens" in again.stderr and "CPU_ATTN" not in again.stderr
 
 
