@@ -1,8 +1,9 @@
-"""The attentions that are compared: ours under a policy, vLLM's CPU_ATTN, torch's SDPA."""
+"""The attentions that are compared: ours under a policy, vLLM's own, torch's SDPA."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from inputs import Layer
@@ -13,6 +14,7 @@ from vllm_sparse_backend.ops.tiles import TileList
 from vllm_sparse_backend.selection import AnyPolicy
 
 PAGE = 128
+KV_LAYOUTS = {"cpu": "vec", "triton": "strided"}
 
 Run = Callable[[], torch.Tensor]
 
@@ -20,32 +22,33 @@ Run = Callable[[], torch.Tensor]
 class Ours:
     """The op over a paged cache, as the backend calls it."""
 
-    def __init__(self, layer: Layer, policy: AnyPolicy, cache: torch.Tensor) -> None:
-        rows, heads, _ = layer.q.shape
+    def __init__(self, layer: Layer, policy: AnyPolicy, cache: torch.Tensor, impl: str) -> None:
+        (rows, heads, _), on = layer.q.shape, layer.q.device
         self._arguments = (
             layer.q,
             cache,
-            torch.arange(len(cache), dtype=torch.int32)[None],
-            torch.tensor([0, rows], dtype=torch.int32),
-            torch.tensor([len(layer.k)], dtype=torch.int32),
+            torch.arange(len(cache), dtype=torch.int32, device=on)[None],
+            torch.tensor([0, rows], dtype=torch.int32, device=on),
+            torch.tensor([len(layer.k)], dtype=torch.int32, device=on),
             PolicyTable([policy] * heads),
         )
+        self._how: Any = {"impl": impl, "kv_layout": KV_LAYOUTS[impl]}
         self._out = torch.empty_like(layer.q)
         self.stats: list[AttentionStats] = []  # of every run
 
     def __call__(self) -> torch.Tensor:
-        out, stats = paged_sparse_attention(*self._arguments, out=self._out)
+        out, stats = paged_sparse_attention(*self._arguments, out=self._out, **self._how)
         self.stats.append(stats)
         return out
 
     def tiles(self) -> TileList:
         """What it computes."""
-        return select_tiles(*self._arguments)
+        return select_tiles(*self._arguments, **self._how)
 
 
-def pack(layer: Layer) -> torch.Tensor:
+def pack(layer: Layer, impl: str) -> torch.Tensor:
     """Keys and values as a cache for `Ours`."""
-    return layout.pack(layer.k, layer.v, "vec", PAGE)
+    return layout.pack(layer.k, layer.v, KV_LAYOUTS[impl], PAGE)
 
 
 def cpu_attn(layer: Layer) -> Run:
@@ -72,6 +75,32 @@ def cpu_attn(layer: Layer) -> Run:
         ops.cpu_attention_with_kv_cache(
             q, keys, values, out, starts, lengths, dim**-0.5, True, None, -1, pages, 0.0, plan, None
         )
+        return out
+
+    return run
+
+
+def flash_attn(layer: Layer) -> Run:
+    """vLLM's FlashAttention over a paged cache in the layout it prefers, keys of all heads of a
+    token side by side."""
+    from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
+
+    q, (length, kv_heads, dim) = layer.q, layer.k.shape
+    blocks = -(-length // PAGE)
+    keys, values = (x.new_zeros(blocks, PAGE, kv_heads, dim) for x in (layer.k, layer.v))
+    for cache, plain in ((keys, layer.k), (values, layer.v)):
+        cache.flatten(0, 1)[:length] = plain
+    pages = torch.arange(blocks, dtype=torch.int32, device=q.device)[None]
+    starts = torch.tensor([0, len(q)], dtype=torch.int32, device=q.device)
+    lengths = torch.tensor([length], dtype=torch.int32, device=q.device)
+    out, version = torch.empty_like(q), get_flash_attn_version(head_size=dim)
+
+    def run() -> torch.Tensor:
+        flash_attn_varlen_func(
+            q=q, k=keys, v=values, out=out, cu_seqlens_q=starts, max_seqlen_q=len(q),
+            seqused_k=lengths, max_seqlen_k=length, softmax_scale=dim**-0.5, causal=True,
+            block_table=pages, fa_version=version,
+        )  # fmt: skip
         return out
 
     return run

@@ -48,9 +48,9 @@ class Layer:
     v: torch.Tensor  # [n, Hkv, D]
     needles: torch.Tensor | None = None  # int64 [N, 3]: row, q head, key; None: not known
 
-    def to(self, dtype: torch.dtype) -> Layer:
-        """The same in another dtype."""
-        return Layer(self.q.to(dtype), self.k.to(dtype), self.v.to(dtype), self.needles)
+    def to(self, to: torch.dtype | torch.device) -> Layer:
+        """The same in another dtype, or elsewhere; the needles stay where they are."""
+        return Layer(self.q.to(to), self.k.to(to), self.v.to(to), self.needles)
 
 
 @dataclass(frozen=True)

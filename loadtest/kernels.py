@@ -1,8 +1,9 @@
-"""The attention op against vLLM's CPU_ATTN and torch's SDPA, interleaved in one process.
+"""The attention op against vLLM's own attention and torch's SDPA, interleaved in one process.
 
     python loadtest/kernels.py --shape llama --length 16384 --input random --policy dense
     python loadtest/kernels.py --shape smollm2 --length 8192 --input captured \\
         --policy '{"selector": "sale"}' --policy '{"selector": "mass", "tau": 0.003}'
+    python loadtest/kernels.py --impl triton --shape llama --length 65536 --chunks 4 --json gpu.json
     python loadtest/kernels.py --shape llama --length 65536 --input generated --chunks 4 --plots out
 
 Every repetition runs all contenders one after the other, so that a noisy machine is noisy for
@@ -23,12 +24,12 @@ import typer
 from capture import captured
 from generate import generate
 from inputs import SHAPES, Layer, Shape, plan_steps, random_layer
+from machines import machine
 from measure import console, measure
 from quality import Task
-from results import Report, draw, features, table
+from results import Report, draw, table
 from rich.console import Console
 
-from vllm_sparse_backend.ops.cpu import core
 from vllm_sparse_backend.selection import UNIFORM_DEFAULT, AnyPolicy, parse_policy
 
 Input = StrEnum("Input", ["CAPTURED", "GENERATED", "RANDOM"])
@@ -77,6 +78,9 @@ def main(
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     threads: Annotated[int, typer.Option(help="0: as many as there are cores.")] = 1,
     repeats: Annotated[int, typer.Option(min=1)] = 3,
+    impl: Annotated[
+        str, typer.Option(help="cpu, against CPU_ATTN; or triton, on a GPU, against FLASH_ATTN.")
+    ] = "cpu",
     isa: Annotated[str | None, typer.Option(help="Force an instruction set.")] = None,
     budget: Annotated[float, typer.Option(help="Relative L1 beyond which no ratio.")] = 0.03,
     seed: Annotated[int, typer.Option(help="Of generated input.")] = 0,
@@ -87,14 +91,24 @@ def main(
     """Speed, error and recall of the op under policies, beside vLLM's and torch's attention."""
     if unknown := set(shape) - set(SHAPES):
         raise typer.BadParameter(f"--shape: want {', '.join(SHAPES)}, got {unknown}")
-    torch.set_num_threads(threads or torch.get_num_threads())
-    core.set_isa(isa)
+    if impl not in ("cpu", "triton"):
+        raise typer.BadParameter(f"--impl: want cpu or triton, got {impl}")
+    if isa and impl != "cpu":
+        raise typer.BadParameter(f"--isa: is of --impl cpu, got {isa} with {impl}")
+    try:
+        here = machine(impl, threads, isa)
+    except RuntimeError as error:
+        raise typer.BadParameter(str(error)) from error
+    if plots and not here.baselines:
+        raise typer.BadParameter("--plots: want times that mean something, not an interpreter's")
     report = Report(
-        isa=core.active_isa(),
-        features=features(),
-        threads=torch.get_num_threads(),
+        impl=impl,
+        baseline=next(iter(here.baselines), "none"),
+        isa=here.name,
+        features=here.features,
+        threads=here.threads,
         dtype=dtype,
-        peak_gops=core.peak(),
+        peak_gops=here.peak_gops,
         versions={name: metadata.version(name) for name in ("torch", "vllm")},
     )
     policies = {_name(each): each for each in [_policy("dense"), *(policy or [UNIFORM_DEFAULT])]}
@@ -115,10 +129,10 @@ def main(
                     layers,
                     plan,
                     policies,
+                    here,
                     repeats=repeats,
                     with_sdpa=with_sdpa,
                     budget=budget,
-                    peak=report.peak_gops,
                     case={
                         "shape": name,
                         "input": f"{kind} {text}" if kind is Input.CAPTURED else str(kind),

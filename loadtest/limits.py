@@ -12,18 +12,20 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from measure import CPU_ATTN, Case, Result
+from measure import Case, Result
 from results import Report
 
 HEADER = (
     "case", "tokens", "policy", "density", "rel. L1", "pack", "select", "attend",
-    "attend / (density x keep-all)", "oracle at peak", "share of that limit", "x CPU_ATTN",
+    "attend / (density x keep-all)", "oracle at peak", "share of that limit", "x dense",
 )  # fmt: skip
 
 
-def row(case: Case, each: Result, keep_all: Result, peak_seconds: float) -> list[str]:
-    """One policy of a case; phases and the limit in percent of CPU_ATTN's seconds."""
-    base = next(r.seconds for r in case.results if r.name == CPU_ATTN)
+def row(
+    case: Case, each: Result, keep_all: Result, peak_seconds: float, baseline: str
+) -> list[str]:
+    """One policy of a case; phases and the limit in percent of the baseline's seconds."""
+    base = next(r.seconds for r in case.results if r.name == baseline)
     limit = case.oracle_density[16] * peak_seconds
     phases = (each.pack_seconds, each.select_seconds, each.attend_seconds)
     return [
@@ -36,7 +38,7 @@ def row(case: Case, each: Result, keep_all: Result, peak_seconds: float) -> list
         f"{each.attend_seconds / (each.density * keep_all.attend_seconds):.2f}",
         f"{limit / base:.1%}",
         f"{limit / each.seconds:.0%}",
-        f"{each.ratio[CPU_ATTN]:.2f}" if CPU_ATTN in each.ratio else str(each.refused),
+        f"{each.ratio[baseline]:.2f}" if baseline in each.ratio else str(each.refused),
     ]
 
 
@@ -49,7 +51,7 @@ def rows(report: Report) -> list[list[str]]:
     for case in report.cases:
         keep_all, *others = [each for each in case.results if each.error]
         peak_seconds = keep_all.gflops * keep_all.seconds / peak
-        made += [row(case, each, keep_all, peak_seconds) for each in others]
+        made += [row(case, each, keep_all, peak_seconds, report.baseline) for each in others]
     return made
 
 

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import torch
-from contenders import Ours, Run, cpu_attn, pack, sdpa
+from contenders import Ours, Run, pack, sdpa
 from inputs import Layer, Plan
+from machines import Machine
 from pydantic import BaseModel
 from rich.console import Console
 from truth import Error, Truth
 
 from vllm_sparse_backend.selection import AnyPolicy, keeps_all
 
-CPU_ATTN, SDPA = "CPU_ATTN", "SDPA"
+SDPA = "SDPA"
 KEEP_ALL_BUDGET = 0.01  # of an output that only rounding may change
 console = Console(stderr=True)
 
@@ -68,18 +68,18 @@ def measure(
     layers: Sequence[Layer],
     plan: Plan,
     policies: dict[str, AnyPolicy],
+    machine: Machine,
     *,
     repeats: int,
     with_sdpa: bool,
     budget: float,
-    peak: dict[str, float],
     case: dict[str, object],
 ) -> Case:
     """Time ``policies`` and the baselines on the plan's steps of every layer.
 
     ``budget``: the relative L1 beyond which no ratio is reported. ``case``: what is known of it.
     """
-    baselines = [CPU_ATTN, *([SDPA] if with_sdpa else [])]
+    baselines = machine.baselines | ({SDPA: sdpa} if with_sdpa else {})
     times = {
         name: Times([0.0] * repeats, [[0.0] * repeats for _ in range(3)])
         for name in [*policies, *baselines]
@@ -91,14 +91,14 @@ def measure(
             rows, keys = len(layer.q), len(layer.k)
             console.print(f"  layer {number}, rows {step.start}-{step.end}", highlight=False)
             work += step.weight * (rows * keys - rows * (rows - 1) / 2)
-            _time_step(layer, step.weight, policies, baselines, times, repeats)
+            _time_step(layer, step.weight, policies, baselines, machine, times, repeats)
         truth = Truth(plan.steps[-1].of(whole))
         for tile, densities in oracle.items():
             densities.append(truth.oracle_density(tile))
     shape = layers[0].q.shape
     dtype = str(layers[0].q.dtype).removeprefix("torch.")
-    # fp16 is multiplied as fp32.
-    reach = peak.get(dtype, peak["float32"]) * torch.get_num_threads()
+    # The compiled core multiplies fp16 as fp32.
+    reach = machine.peak_gops.get(dtype, machine.peak_gops["float32"]) * machine.threads
     flops = 4e-9 * shape[1] * shape[2] * work
     results = [_result(name, times[name], flops, reach) for name in times]
     base = {each.name: each.seconds for each in results if each.name in baselines}
@@ -126,19 +126,26 @@ def _time_step(
     layer: Layer,
     weight: float,
     policies: dict[str, AnyPolicy],
-    baselines: Sequence[str],
+    baselines: dict[str, Callable[[Layer], Run]],
+    machine: Machine,
     times: dict[str, Times],
     repeats: int,
 ) -> None:
-    cache = pack(layer)
-    ours = {name: Ours(layer, policy, cache) for name, policy in policies.items()}
-    runs: dict[str, Run] = {**ours, CPU_ATTN: cpu_attn(layer)}
-    if SDPA in baselines:
-        runs[SDPA] = sdpa(layer)
+    there, impl = layer.to(machine.device), machine.impl
+    cache = pack(there, impl)
+    ours = {name: Ours(there, policy, cache, impl) for name, policy in policies.items()}
+    runs: dict[str, Run] = {**ours, **{name: make(there) for name, make in baselines.items()}}
+    if machine.device.type != "cpu":
+        for run in runs.values():  # which compiles what is compiled at a first call
+            run()
+        for own in ours.values():
+            own.stats.clear()
+        machine.wait()
     for repeat in range(repeats):
         for name, run in runs.items():
             began = time.perf_counter()
             run()
+            machine.wait()
             times[name].seconds[repeat] += weight * (time.perf_counter() - began)
     truth = Truth(layer)
     for name, own in ours.items():
@@ -150,7 +157,7 @@ def _time_step(
         times[name].computed += weight * tile * sum(own.stats[0].tiles_computed)
         times[name].causal += weight * tile * sum(own.stats[0].tiles_causal)
         tiles = None if keeps_all(policies[name]) else own.tiles()
-        times[name].errors.append(truth.judge(own(), tiles))
+        times[name].errors.append(truth.judge(own().cpu(), tiles))
 
 
 def _result(name: str, times: Times, flops: float, reach: float) -> Result:

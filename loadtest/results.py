@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from measure import CPU_ATTN, SDPA, Case, Result
+from measure import SDPA, Case, Result
 from pydantic import BaseModel
 from rich.table import Table
 
@@ -15,11 +15,13 @@ PHASES = ("pack", "select", "attend")
 class Report(BaseModel):
     """A run of the benchmark and the machine it was on."""
 
-    isa: str
-    features: list[str]  # of the CPU, as far as they matter
+    impl: str = "cpu"
+    baseline: str = "CPU_ATTN"  # vLLM's own attention there
+    isa: str  # or the GPU's architecture
+    features: list[str]  # of the machine, as far as they matter
     threads: int
     dtype: str
-    peak_gops: dict[str, float]  # one thread's, in 1e9 operations a second
+    peak_gops: dict[str, float]  # one thread's or the GPU's, in 1e9 operations a second
     versions: dict[str, str]
     cases: list[Case] = []
 
@@ -29,18 +31,11 @@ class Report(BaseModel):
         return any(result.refused for case in self.cases for result in case.results)
 
 
-def features() -> list[str]:
-    """The CPU's instruction sets that decide how fast attention can be."""
-    known = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
-    flags = Path("/proc/cpuinfo").read_text().split()
-    return [name for name in known if name in flags]
-
-
 def table(report: Report) -> Table:
     """For people."""
     made = Table(
         "case", "contender", "s", "pack/select/attend", "density", "GFLOP/s (peak)",
-        "x CPU_ATTN", "x SDPA", "rel. L1 (worst 1%)", "recall (worst 1%)", "needles",
+        f"x {report.baseline}", "x SDPA", "rel. L1 (worst 1%)", "recall (worst 1%)", "needles",
         title=f"{report.isa}, {report.threads} thread(s), {report.dtype}",
     )  # fmt: skip
     for case in report.cases:
@@ -50,14 +45,14 @@ def table(report: Report) -> Table:
             f"oracle {case.oracle_density[64]:.3f} (64), {case.oracle_density[16]:.3f} (16)"
         )
         for each in case.results:
-            made.add_row(first, *_row(each))
+            made.add_row(first, *_row(each, report.baseline))
             first = ""
         made.add_section()
     return made
 
 
-def _row(each: Result) -> list[str]:
-    ratios = [f"{each.ratio[b]:.2f}" if b in each.ratio else "" for b in (CPU_ATTN, SDPA)]
+def _row(each: Result, baseline: str) -> list[str]:
+    ratios = [f"{each.ratio[b]:.2f}" if b in each.ratio else "" for b in (baseline, SDPA)]
     if each.refused:
         ratios = [each.refused, ""]
     phases = (each.pack_seconds, each.select_seconds, each.attend_seconds)
@@ -92,7 +87,7 @@ def draw(report: Report, folder: Path) -> list[Path]:
             1, len(groups), figsize=(5.2 * len(groups), 3.8), squeeze=False, layout="constrained"
         )
         for axis, (title, cases) in zip(axes[0], groups.items(), strict=True):
-            paint(axis, cases)
+            paint(axis, cases, report.baseline)
             axis.set_title(title)
         for suffix in ("png", "svg"):
             made.append(folder / f"{name}.{suffix}")
@@ -101,31 +96,31 @@ def draw(report: Report, folder: Path) -> list[Path]:
     return made
 
 
-def _speedups(axis: Any, cases: list[Case]) -> None:
+def _speedups(axis: Any, cases: list[Case], baseline: str) -> None:
     series: dict[str, list[tuple[int, float]]] = {}
     for case in cases:
         for each in case.results:
-            if CPU_ATTN in each.ratio:
-                series.setdefault(each.name, []).append((case.length, each.ratio[CPU_ATTN]))
+            if baseline in each.ratio:
+                series.setdefault(each.name, []).append((case.length, each.ratio[baseline]))
     for name, points in series.items():
         axis.plot(*zip(*points, strict=True), marker="o", label=name)
-    axis.set(xscale="log", xlabel="tokens", ylabel="times as fast as CPU_ATTN")
+    axis.set(xscale="log", xlabel="tokens", ylabel=f"times as fast as {baseline}")
     _lengths(axis, cases)
     axis.axhline(1, color="grey", linewidth=0.8)
     axis.legend(fontsize=8)
 
 
-def _phases(axis: Any, cases: list[Case]) -> None:
-    """Of CPU_ATTN's seconds, by phase; the last policy of the command line."""
+def _phases(axis: Any, cases: list[Case], baseline: str) -> None:
+    """Of the baseline's seconds, by phase; the last policy of the command line."""
     last = [case.results[-1 - sum(r.error is None for r in case.results)] for case in cases]
-    base = [next(r.seconds for r in case.results if r.name == CPU_ATTN) for case in cases]
+    base = [next(r.seconds for r in case.results if r.name == baseline) for case in cases]
     bottom = [0.0] * len(cases)
     names = [f"{case.length:,}" for case in cases]
     for phase in PHASES:
         share = [100 * getattr(r, f"{phase}_seconds") / b for r, b in zip(last, base, strict=True)]
         axis.bar(names, share, bottom=bottom, label=phase)
         bottom = [b + s for b, s in zip(bottom, share, strict=True)]
-    axis.set(xlabel="tokens", ylabel=f"% of CPU_ATTN's seconds\n({last[-1].name})")
+    axis.set(xlabel="tokens", ylabel=f"% of {baseline}'s seconds\n({last[-1].name})")
     axis.tick_params(axis="x", rotation=45)
     axis.legend(fontsize=8)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from _models import make_llama
 from vllm_sparse_backend.demo.model import ensure_model
 from vllm_sparse_backend.ops.cpu import core
 from vllm_sparse_backend.ops.cpu.build import instruction_sets
+
+# Interpreted kernels are tested in processes of their own; see interpreted/conftest.py.
+collect_ignore = [] if os.environ.get("TRITON_INTERPRET") else ["interpreted"]
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from _attention import needs_core
 from typer.testing import CliRunner
 
 FOLDER = Path(__file__).parents[1] / "loadtest"
-NAMES = ("inputs", "generate", "truth", "contenders", "measure", "results", "kernels")
+NAMES = ("inputs", "generate", "truth", "contenders", "machines", "measure", "results", "kernels")
 
 pytestmark = needs_core
 
@@ -64,7 +64,7 @@ def test_an_oracle_needs_few_tiles_and_a_window_does_not_do(
     last = loadtest["inputs"].Step(2048, 4096, 1.0).of(layer)
     run = loadtest["contenders"].Ours(
         last, importlib.import_module("vllm_sparse_backend.selection").Static(local=256),
-        loadtest["contenders"].pack(last),
+        loadtest["contenders"].pack(last, "cpu"), "cpu",
     )  # fmt: skip
     error = loadtest["truth"].Truth(last).judge(run(), run.tiles())
     assert error.relative_l1 > 0.3
@@ -121,3 +121,13 @@ def test_captured_input_is_of_one_model(loadtest: dict[str, Any]) -> None:
     result = CliRunner().invoke(app, ["--shape", "llama", "--length", "64", "--input", "captured"])
     assert result.exit_code == 2
     assert "want the shape smollm2" in result.output
+
+
+def test_gpu_kernels_want_a_gpu(loadtest: dict[str, Any]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    app = loadtest["kernels"].typer.Typer()
+    app.command()(loadtest["kernels"].main)
+    result = CliRunner().invoke(app, ["--impl", "triton", "--length", "64"])
+    assert result.exit_code == 2
+    assert "want a GPU that torch can use" in result.output

@@ -222,7 +222,7 @@ def change(**changes: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
 
 
 WRONG = {
-    "impl: 'triton' is not there yet": change(impl="triton"),
+    "q: want a tensor on a GPU for impl 'triton', got one on cpu": change(impl="triton"),
     "impl: want one of .* got 'gpu'": change(impl="gpu"),
     "q: want .* got .*float64": change(q=lambda q: q.double()),
     r"q: want \[T, Hq, D\].* got \[130, 256\]": change(q=lambda q: q.flatten(1)),

@@ -5,14 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 
 from vllm_sparse_backend.ops import checks, layout, reference
 from vllm_sparse_backend.ops.policies import AnyPolicies, PolicyTable
 from vllm_sparse_backend.ops.tiles import SUBTILE, TileList, causal_tiles, q_blocks
 
-IMPLS = ("auto", "reference", "cpu")
+IMPLS = ("auto", "reference", "cpu", "triton")
 PLAIN_BLOCK = 128  # tokens per block where sparse_attention packs a cache of its own
 
 
@@ -47,7 +49,8 @@ def sparse_attention(
     bfloat16, float16 or float32; q head h reads kv head ``h // (Hq // Hkv)``. ``policies``:
     None (the uniform default), one policy (an object or its dict), one per q head, or a
     ``PolicyTable``. ``scale``: ``D ** -0.5`` unless given. ``impl``: "reference" (plain
-    torch, any D), "cpu" (the compiled core), or "auto", which is "cpu".
+    torch, any D), "cpu" (the compiled core), "triton" (the GPU core), or "auto", which is
+    "cpu" for tensors of the host and "triton" for others.
 
     Returns the output, [T, Hq, D] of q's dtype, and the call's stats. No gradient.
 
@@ -57,18 +60,21 @@ def sparse_attention(
     checks.check_plain(q, k, v)
     scale = checks.check_scale(scale, q.shape[2])
     table = PolicyTable.build(policies, q.shape[1])
-    if _is_reference(impl, q):
+    impl = _resolve(impl, q)
+    if impl == "reference":
         out = q.new_empty(q.shape)
         return out, _reference_into(out, q, k, v, table, scale)
-    cache = layout.pack(k, v, "vec", PLAIN_BLOCK)
+    kv_layout = "strided" if impl == "triton" else "vec"
+    cache = layout.pack(k, v, kv_layout, PLAIN_BLOCK)
     return paged_sparse_attention(
         q,
         cache,
-        torch.arange(cache.shape[0], dtype=torch.int32)[None],
-        torch.tensor([0, q.shape[0]], dtype=torch.int32),
-        torch.tensor([k.shape[0]], dtype=torch.int32),
+        torch.arange(cache.shape[0], dtype=torch.int32, device=q.device)[None],
+        torch.tensor([0, q.shape[0]], dtype=torch.int32, device=q.device),
+        torch.tensor([k.shape[0]], dtype=torch.int32, device=q.device),
         table,
         scale=scale,
+        kv_layout=kv_layout,
         impl=impl,
     )
 
@@ -87,35 +93,38 @@ def paged_sparse_attention(
     out: torch.Tensor | None = None,
     impl: str = "auto",
 ) -> tuple[torch.Tensor, AttentionStats]:
-    """``sparse_attention`` for a batch of R requests whose keys lie in vLLM's CPU cache.
+    """``sparse_attention`` for a batch of R requests whose keys lie in vLLM's paged cache.
 
     ``q`` [T, Hq, D] holds request r's query tokens in rows ``query_start_loc[r]`` to
     ``query_start_loc[r + 1]`` (int32 [R + 1]): the last of its ``seq_lens[r]`` (int32 [R])
     positions, all of which ``kv_cache`` [num_blocks, Hkv, N, 2*D] holds, position p in block
-    ``block_table[r, p // N]`` (int32 [R, max_blocks]). ``kv_layout`` ("vec", "vec16", "amx")
-    says how a block lies in memory; see ``ops.layout``. ``requests``: which of them to
-    compute, all unless given; other requests' rows of ``out`` stay as they are (zero where
-    ``out`` is not given). ``out`` [T, Hq, D] must not overlap the inputs.
+    ``block_table[r, p // N]`` (int32 [R, max_blocks]). ``kv_layout`` ("vec", "vec16",
+    "amx", or "strided" on a GPU) says how a block lies in memory; see ``ops.layout``.
+    ``requests``: which of them to compute, all unless given; other requests' rows of ``out``
+    stay as they are (zero where ``out`` is not given). ``out`` [T, Hq, D] must not overlap the
+    inputs.
 
     The rest, returns and errors: as ``sparse_attention``.
     """
-    use_reference = _is_reference(impl, q)
+    impl = _resolve(impl, q)
     table, scale, batch = _check_paged(
         q, kv_cache, block_table, query_start_loc, seq_lens, policies, scale, requests, kv_layout
     )
-    if not use_reference:
-        checks.check_core_layout(q, kv_layout)
+    if impl != "reference":
+        checks.check_impl_layout(q, kv_layout, impl)
     if out is None:
         out = q.new_empty(q.shape) if batch.covers else q.new_zeros(q.shape)
     else:
         checks.check_out(out, q)
-    if use_reference:
+    if impl == "reference":
         parts = []
         for r in batch.requests:
             rows = slice(batch.starts[r], batch.starts[r + 1])
             k, v = layout.unpack(kv_cache, block_table[r], batch.seq_lens[r], kv_layout)
             parts.append(_reference_into(out[rows], q[rows], k, v, table, scale))
         return out, _total(parts, q.shape[1])
+    if impl == "triton":
+        return out, _triton_into(out, q, kv_cache, block_table, batch, table, scale)
 
     from vllm_sparse_backend.ops.cpu import core
 
@@ -152,20 +161,26 @@ def select_tiles(
 
     Arguments and errors as there.
     """
-    use_reference = _is_reference(impl, q)
+    impl = _resolve(impl, q)
     table, scale, batch = _check_paged(
         q, kv_cache, block_table, query_start_loc, seq_lens, policies, scale, [request], kv_layout
     )
     seq_len = batch.seq_lens[request]
     rows = slice(batch.starts[request], batch.starts[request + 1])
-    if use_reference:
+    query_len = rows.stop - rows.start
+    if impl == "reference":
         k, _ = layout.unpack(kv_cache, block_table[request], seq_len, kv_layout)
         return reference.select(q[rows], k, table.followed(seq_len), scale)
-    checks.check_core_layout(q, kv_layout)
+    checks.check_impl_layout(q, kv_layout, impl)
+    if impl == "triton":
+        from vllm_sparse_backend.ops import triton
+
+        work = _triton_work(batch, q.device)
+        found = triton.select(q, kv_cache, block_table, work, table, scale)
+        return TileList.from_subtiles(found.cpu(), table.tile_sizes, query_len, seq_len)
 
     from vllm_sparse_backend.ops.cpu import core
 
-    query_len = rows.stop - rows.start
     num_blocks = len(q_blocks(query_len, seq_len))
     subtiles = torch.zeros(
         q.shape[1], num_blocks, causal_tiles(seq_len, SUBTILE), dtype=torch.uint8
@@ -186,25 +201,29 @@ def select_tiles(
     return TileList.from_subtiles(subtiles, table.tile_sizes, query_len, seq_len)
 
 
-def _is_reference(impl: str, q: torch.Tensor) -> bool:
-    """Whether ``impl`` means the reference; else the core, which may take ``q``."""
-    if impl == "triton":
-        raise ValueError(f"impl: 'triton' is not there yet, want one of {list(IMPLS)}")
+def _resolve(impl: str, q: torch.Tensor) -> str:
+    """What ``impl`` means for ``q``, which it may take: "reference", "cpu" or "triton"."""
     if impl not in IMPLS:
         raise ValueError(f"impl: want one of {list(IMPLS)}, got {impl!r}")
     checks.check_query(q)
+    if impl == "auto":
+        impl = "cpu" if q.device.type == "cpu" else "triton"
     if impl == "reference":
-        return True
+        return impl
+    if impl == "triton":
+        from vllm_sparse_backend.ops import triton
 
-    from vllm_sparse_backend.ops.cpu import core
+        triton.check_device(q.device)
+        head_dims = triton.HEAD_DIMS
+    else:
+        from vllm_sparse_backend.ops.cpu import core
 
-    if q.device.type != "cpu":
-        raise ValueError(f"q: want a CPU tensor for impl {impl!r}, got one on {q.device}")
-    if q.shape[2] not in core.HEAD_DIMS:
-        raise ValueError(
-            f"q: want head_dim in {core.HEAD_DIMS} for impl {impl!r}, got {q.shape[2]}"
-        )
-    return False
+        if q.device.type != "cpu":
+            raise ValueError(f"q: want a CPU tensor for impl {impl!r}, got one on {q.device}")
+        head_dims = core.HEAD_DIMS
+    if q.shape[2] not in head_dims:
+        raise ValueError(f"q: want head_dim in {head_dims} for impl {impl!r}, got {q.shape[2]}")
+    return impl
 
 
 def _check_paged(
@@ -222,6 +241,36 @@ def _check_paged(
     batch = checks.check_batch(q, kv_cache, block_table, query_start_loc, seq_lens, requests)
     table = PolicyTable.build(policies, q.shape[1])
     return table, checks.check_scale(scale, q.shape[2]), batch
+
+
+def _triton_work(batch: checks.Batch, device: torch.device) -> Any:
+    from vllm_sparse_backend.ops import triton
+
+    return triton.plan_work(
+        np.array(batch.starts), np.array(batch.seq_lens), batch.requests, device
+    )
+
+
+def _triton_into(
+    out: torch.Tensor,
+    q: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    batch: checks.Batch,
+    table: PolicyTable,
+    scale: float,
+) -> AttentionStats:
+    """The requests through the GPU core, timed; waits for the device."""
+    if not batch.requests:
+        return AttentionStats([0] * q.shape[1], [0] * q.shape[1], 0.0, 0.0, 0.0)
+
+    from vllm_sparse_backend.ops import triton
+
+    work, clock = _triton_work(batch, q.device), triton.Clock(q.device)
+    tiles = triton.forward(q, kv_cache, block_table, work, table, scale, out, clock)
+    seconds = clock.seconds()
+    took = [seconds.get(phase, 0.0) for phase in ("pack", "select", "attend")]
+    return AttentionStats(tiles.tolist(), work.causal(table), *took)
 
 
 def _reference_into(

@@ -104,6 +104,10 @@ def check_cache(q: torch.Tensor, kv_cache: torch.Tensor, kv_layout: str) -> None
             f"kv_cache: want blocks of a multiple of {BLOCK_MULTIPLE[kv_layout]} tokens "
             f"for kv_layout {kv_layout!r}, got {n}"
         )
+    if kv_layout == "strided":
+        if kv_cache.stride(3) != 1:
+            raise ValueError(f"kv_cache: want adjacent channels, got strides {kv_cache.stride()}")
+        return
     # Blocks and heads may lie apart (layers that share one allocation): a region may not.
     if kv_cache.stride(3) != 1 or kv_cache.stride(2) != 2 * d:
         raise ValueError(
@@ -111,8 +115,11 @@ def check_cache(q: torch.Tensor, kv_cache: torch.Tensor, kv_layout: str) -> None
         )
 
 
-def check_core_layout(q: torch.Tensor, kv_layout: str) -> None:
-    """The compiled core reads ``kv_layout`` for q's dtype, as vLLM uses them together."""
+def check_impl_layout(q: torch.Tensor, kv_layout: str, impl: str) -> None:
+    """``impl`` ("cpu" or "triton") reads ``kv_layout`` for q's dtype, as vLLM uses them."""
+    if (kv_layout == "strided") != (impl == "triton"):
+        wanted = ["strided"] if impl == "triton" else [x for x in BLOCK_MULTIPLE if x != "strided"]
+        raise ValueError(f"kv_layout: want one of {wanted} for impl {impl!r}, got {kv_layout!r}")
     if kv_layout == "amx" and q.dtype != torch.bfloat16:
         raise ValueError(
             f"kv_layout: want 'vec' or 'vec16' with {q.dtype} for impl 'cpu', got 'amx', "

@@ -1,9 +1,11 @@
-"""vLLM's CPU KV cache as it lies in memory, written and read with plain torch.
+"""vLLM's KV cache as it lies in memory, written and read with plain torch.
 
-The cache is [num_blocks, Hkv, N, 2*D], N tokens a block, but that shape is only a size:
-each (block, kv head) is one contiguous region of N*D keys followed by N*D values, laid
-out by the instruction set string vLLM chose for the layer (vLLM 0.32,
-``csrc/cpu/cpu_attn_*.hpp``). Position of token n, channel d, in elements:
+The cache is [num_blocks, Hkv, N, 2*D], N tokens a block. On GPUs, "strided", it is what that shape
+says: a token's key in the first D channels, its value in the last, and blocks, heads and tokens as
+far apart as their strides. On CPUs the shape is only a size: each (block, kv head) is one
+contiguous region of N*D keys followed by N*D values, laid out by the instruction set string vLLM
+chose for the layer (vLLM 0.32, ``csrc/cpu/cpu_attn_*.hpp``). Position of token n, channel d, in
+elements:
 
 ==============  ===============================================  ===========
 kv_layout       key                                              value
@@ -18,7 +20,7 @@ from __future__ import annotations
 import torch
 
 # What N must be a multiple of, by layout.
-BLOCK_MULTIPLE = {"vec": 32, "vec16": 16, "amx": 32}
+BLOCK_MULTIPLE = {"vec": 32, "vec16": 16, "amx": 32, "strided": 16}
 
 
 def views(kv_cache: torch.Tensor, kv_layout: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -30,6 +32,12 @@ def views(kv_cache: torch.Tensor, kv_layout: str) -> tuple[torch.Tensor, torch.T
     """
     blocks, heads, n, width = kv_cache.shape
     d = width // 2
+    if kv_layout == "strided":
+        k, v = kv_cache.split(d, 3)
+        return (
+            k.unflatten(3, (d // 2, 2)).unflatten(2, (n // 16, 16)),
+            v.unflatten(3, (d // 16, 16)).unflatten(2, (n // 2, 2)),
+        )
     k, v = kv_cache.view(blocks, heads, 2, n * d).unbind(2)
     if kv_layout == "amx":
         return (

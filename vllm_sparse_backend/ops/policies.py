@@ -32,7 +32,7 @@ class PolicyTable:
     number per q head, none by default. Compares and hashes by identity.
     """
 
-    __slots__ = ("dense_below", "native", "rows")
+    __slots__ = ("dense_below", "device_rows", "native", "rows")
 
     def __init__(self, rows: Sequence[AnyPolicy], dense_below: Sequence[int] | None = None) -> None:
         self.rows = list(rows)  # one per q head
@@ -42,7 +42,10 @@ class PolicyTable:
                 f"dense_below: want one for each of {len(self.rows)} q heads, "
                 f"got {len(self.dense_below)}"
             )
-        self.native: object | None = None  # what a kernel made of the rows, for its next call
+        # What the kernels made of the rows, for their next call: the compiled core, and the GPU's
+        # by device.
+        self.native: object | None = None
+        self.device_rows: dict[object, object] = {}
 
     @property
     def tile_sizes(self) -> tuple[int, ...]:

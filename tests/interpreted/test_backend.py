@@ -1,0 +1,80 @@
+"""The GPU backend with its own kernels, from vLLM's metadata to the counters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from _batch import engine_config
+from _gpu_batch import PAGE, GpuGroup, Request, common_of
+from vllm.config import set_current_vllm_config
+from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.distributed.parallel_state import init_distributed_environment, initialize_model_parallel
+from vllm.v1.attention.backends import triton_attn
+
+from vllm_sparse_backend.backend.worker import worker_of
+from vllm_sparse_backend.metrics import read_totals
+from vllm_sparse_backend.metrics.counters import CAUSAL, COMPUTED
+from vllm_sparse_backend.ops import paged_sparse_attention
+
+BATCH = [
+    Request(1, 40, False),
+    Request(70, 300, True),
+    Request(3, 90, True),
+    Request(64, 256, True),
+]
+SPARSE = [1, 3]
+POLICY = {"selector": "mass", "sink": 16, "local": 64, "tau": 0.2}
+
+
+@pytest.fixture(autouse=True)
+def _parallel(tmp_path: Path, tiny_llama: Path) -> Iterator[None]:
+    with set_current_vllm_config(engine_config(tiny_llama)):
+        init_distributed_environment(1, 0, f"file://{tmp_path / 'meeting'}", 0, "gloo")
+        initialize_model_parallel()
+    yield
+    cleanup_dist_env_and_memory()
+
+
+def test_a_mixed_step(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    section = {"min_prompt_tokens": 256, "policy": POLICY}
+    group = GpuGroup(engine_config(tiny_llama, section, dtype="float16"), "triton")
+    taken: list[int] = []
+
+    def dense(*, out: torch.Tensor, cu_seqlens_q: torch.Tensor, **_: Any) -> None:
+        taken.extend(cu_seqlens_q.diff().tolist())
+
+    monkeypatch.setattr(triton_attn, "unified_attention", dense)
+    g = torch.Generator().manual_seed(0)
+    common = common_of(BATCH, padding=(1, 3))
+    # Heads beside tokens in memory, as vLLM has it by default.
+    cache = torch.randn(100, PAGE, 2, 128, generator=g).half().transpose(1, 2)
+    q = torch.randn(common.num_actual_tokens, 4, 64, generator=g).half()
+    out = torch.full_like(q, torch.nan)
+    group.forward(group.builder.build(0, common), q, cache, out)
+    group.builder.build(0, common_of(BATCH[:1]))  # reads what was counted
+
+    want, stats = paged_sparse_attention(
+        q,
+        cache,
+        common.block_table_tensor,
+        common.query_start_loc,
+        common.seq_lens,
+        POLICY,
+        requests=SPARSE,
+        kv_layout="strided",
+        impl="reference",
+    )
+    sparse = torch.zeros(len(q), dtype=torch.bool)
+    starts = common.query_start_loc.tolist()
+    for request in SPARSE:
+        sparse[starts[request] : starts[request + 1]] = True
+    torch.testing.assert_close(out[sparse], want[sparse], rtol=0.01, atol=0.01)
+    assert out[~sparse].isnan().all()
+    assert taken == [1, 3]
+    totals = read_totals(worker_of(group.config).counters.path.parent).values
+    assert totals[COMPUTED] == sum(stats.tiles_computed) < sum(stats.tiles_causal)
+    assert totals[CAUSAL] == sum(stats.tiles_causal)

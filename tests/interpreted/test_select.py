@@ -1,0 +1,138 @@
+"""Selection in Triton, interpreted, against the reference's: the same tiles, but for ties."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from _attention import DTYPES, Paged, make_paged, make_qkv
+from _tiles import assert_same_tiles
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_sparse_backend.ops import PolicyTable, TileList, select_tiles
+from vllm_sparse_backend.selection import DENSE, AnyPolicy, Mass, Sale, Static
+
+
+def both(paged: Paged, policies: object, scale: float | None = None) -> tuple[TileList, TileList]:
+    own, other = (
+        select_tiles(
+            *paged.tensors,
+            policies,  # type: ignore[arg-type]
+            scale=scale,
+            kv_layout="strided",
+            impl=impl,
+        )
+        for impl in ("triton", "reference")
+    )
+    return own, other
+
+
+@pytest.mark.parametrize("bits", [4, 6, 8])
+@pytest.mark.parametrize("tile", [16, 32, 64])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_tiles_of_the_reference(bits: int, tile: int, dtype: torch.dtype) -> None:
+    policies: list[Sale | Mass | Static] = [
+        selector(sink=s, local=n, tau=tau, bits=bits, tile=tile, row_stride=stride, tail=tail)
+        for (s, n), tau, stride, selector, tail in zip(
+            [(1, 0), (20, 33), (64, 64)],
+            [0.02, 0.05, 0.01],
+            [4, 1, 8],
+            itertools.cycle([Sale, Mass]),
+            [0, 20, 130],
+            strict=False,
+        )
+    ]
+    dim = {16: 64, 32: 80, 64: 128}[tile]
+    qkv = make_qkv(bits, 200, 700, 3, 1, dim, dtype)
+    own, other = both(make_paged([qkv], "strided", 32), policies)
+    assert_same_tiles(own, other, qkv, policies, dim**-0.5)
+    assert sum(own.computed) < sum(own.causal)
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_any_policies(data: st.DataObject) -> None:
+    length = data.draw(st.integers(1, 700))
+    rows = data.draw(st.integers(1, min(length, 130)))
+    tile = st.sampled_from([16, 32, 64])
+    sinks, locals_ = st.integers(1, 100), st.integers(0, 150)
+    scored = dict(
+        sink=sinks,
+        local=locals_,
+        tile=tile,
+        tau=st.floats(0, 1),
+        tau_slope=st.sampled_from([0.0, -2.0, 0.7]),
+        bits=st.sampled_from([4, 6, 8]),
+        row_stride=st.sampled_from([1, 2, 4, 8]),
+        tail=st.integers(0, 150),
+    )
+    policy = st.one_of(
+        st.just(DENSE),
+        st.builds(Static, sink=sinks, local=locals_, tile=tile, growth=st.floats(0, 1)),
+        st.builds(Sale, **scored),
+        st.builds(Mass, **scored),
+    )
+    policies = data.draw(st.lists(policy, min_size=4, max_size=4))
+    qkv = make_qkv(data.draw(st.integers(0, 1000)), rows, length)
+    scale = data.draw(st.sampled_from([0.125, 0.03, 0.5]))
+    own, other = both(make_paged([qkv], "strided", 16), policies, scale)
+    assert_same_tiles(own, other, qkv, policies, scale)
+
+
+def test_a_context_of_several_words() -> None:
+    policies: list[AnyPolicy] = [
+        Mass(sink=16, local=64, tau=0.02, tail=0),
+        Sale(sink=600, local=64, tau=0.02, tail=0),
+    ]
+    qkv = make_qkv(1, 64, 2000, 2, 1)
+    own, other = both(make_paged([qkv], "strided", 128), policies)
+    assert_same_tiles(own, other, qkv, policies, 0.125)
+    assert 0.1 < sum(own.computed) / sum(own.causal) < 0.9
+
+
+@pytest.mark.parametrize("selector", [Sale, Mass])
+def test_lowering_a_threshold_drops_no_tile(selector: type[Sale | Mass]) -> None:
+    paged = make_paged([make_qkv(9, 64, 500, 2, 1)], "strided", 64)
+    counts = []
+    wider: TileList | None = None
+    for tau in (0.0, 0.01, 0.2):
+        policy = selector(sink=16, local=16, tau=tau, tail=0)
+        tiles = select_tiles(*paged.tensors, policy, kv_layout="strided", impl="triton")
+        for head in range(2 if wider is not None else 0):
+            assert not (tiles.mask(head) & ~wider.mask(head)).any()  # type: ignore[union-attr]
+        wider = tiles
+        counts.append(sum(tiles.computed))
+    assert counts[0] == sum(tiles.causal)
+    assert counts[0] > counts[1] > counts[2]
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("selector", [Sale, Mass])
+def test_keys_and_queries_that_are_not_finite_keep_tiles(
+    poison: float, selector: type[Sale | Mass]
+) -> None:
+    policy = selector(sink=16, local=0, tau=1.0)
+    causal = [4, 8, 12, 16]
+    for where, hit in (("q", slice(2, 3)), ("k", slice(0, 4))):
+        q, k, v = make_qkv(3, 256, 256, heads=1, kv_heads=1)
+        (q if where == "q" else k)[128, 0, 5] = poison
+        paged = make_paged([(q, k, v)], "strided", 64)
+        tiles = select_tiles(*paged.tensors, policy, kv_layout="strided", impl="triton")
+        assert tiles.mask(0)[hit].sum(1).tolist() == causal[hit]
+
+
+def test_heads_follow_their_policies_from_their_context_on() -> None:
+    rows: list[AnyPolicy] = [
+        Static(sink=16, local=16),
+        Sale(sink=16, local=16, tau=0.5, tail=0),
+        DENSE,
+        Mass(tile=64),
+    ]
+    for length, dense in ((399, [0, 1, 2, 3]), (400, [1, 2, 3]), (600, [2])):
+        table = PolicyTable(rows, [400, 500, 0, 500])
+        paged = make_paged([make_qkv(12, 70, length)], "strided", 64)
+        tiles = select_tiles(*paged.tensors, table, kv_layout="strided", impl="triton")
+        counts = zip(tiles.computed, tiles.causal, strict=True)
+        assert [h for h, (computed, causal) in enumerate(counts) if computed == causal] == dense

@@ -1,0 +1,124 @@
+"""Keys as integers: their mean, and codes about it, of the whole context of each request.
+
+(`do_not_specialize`: a number that changes from step to step must not compile a kernel anew.)
+
+Codes and steps are those of `selection.estimate.quantize_keys`: groups of 16 keys share a step.
+Made anew in each step, since the mean moves with the context: one reading of K, which next to the
+attention of a chunk of 2048 tokens is 2% of the work at most.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to an integer, half to even
+
+
+@triton.jit
+def round_codes(x, amax, limit: tl.constexpr):
+    """Integers of at most ``limit`` for ``x``, whose largest magnitude is ``amax``, as int8."""
+    inverse = tl.where(amax == 0, 0.0, tl.div_rn(limit, tl.where(amax == 0, 1.0, amax)))
+    scaled = x * inverse
+    scaled = tl.where(scaled == scaled, scaled, 0.0)  # an input that is not finite
+    return tl.clamp((scaled + ROUND) - ROUND, -limit, limit).to(tl.int8)
+
+
+@triton.jit
+def step_of(amax, bad, limit: tl.constexpr):
+    """The unit of such integers; NaN, which no comparison drops, where an input was not finite."""
+    return tl.where(bad == 0, tl.div_rn(amax, limit), float("nan"))
+
+
+@triton.jit
+def load_keys(
+    cache, pages, first, context, head,
+    stride_block, stride_head, stride_token,
+    PAGE: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """KEYS keys of one kv head from position ``first``, fp32 [KEYS, BLOCK_D], zero where none."""
+    position = first + tl.arange(0, KEYS)
+    channel = tl.arange(0, BLOCK_D)
+    here = position < context
+    page = tl.load(pages + position // PAGE, mask=here, other=0).to(tl.int64)
+    row = page * stride_block + head * stride_head + (position % PAGE) * stride_token
+    mask = here[:, None] & (channel < D)[None, :]
+    return tl.load(cache + row[:, None] + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["stride_table"], do_not_specialize_on_alignment=["block_table"])
+def sum_keys(
+    cache, block_table, chunks, sums,
+    stride_block, stride_head, stride_token, stride_table,
+    PAGE: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One program: the sum of a chunk's keys of one kv head, into fp32 ``sums`` [C, Hkv, D]."""
+    chunk, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    request = tl.load(chunks + chunk * 8).to(tl.int64)
+    first, context = tl.load(chunks + chunk * 8 + 1), tl.load(chunks + chunk * 8 + 2)
+    keys = load_keys(
+        cache, block_table + request * stride_table, first, context, head,
+        stride_block, stride_head, stride_token, PAGE, KEYS, D, BLOCK_D,
+    )  # fmt: skip
+    channel = tl.arange(0, BLOCK_D)
+    out = sums + (chunk * tl.num_programs(1) + head) * D + channel
+    tl.store(out, tl.sum(keys, 0), mask=channel < D)
+
+
+@triton.jit
+def mean_keys(sums, spans, means, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """One program: the mean key of one request and kv head, into fp32 ``means`` [R, Hkv, D].
+
+    The chunks' sums are added in float64: a code that lies on a half should not hang on the order.
+    """
+    span, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    heads = tl.num_programs(1)
+    first = tl.load(spans + span * 4).to(tl.int64)
+    count, context = tl.load(spans + span * 4 + 1), tl.load(spans + span * 4 + 2)
+    channel = tl.arange(0, BLOCK_D)
+    total = tl.zeros([BLOCK_D], tl.float64)
+    for i in range(count):
+        at = sums + ((first + i) * heads + head) * D + channel
+        total += tl.load(at, mask=channel < D, other=0.0).to(tl.float64)
+    mean = (total / context).to(tl.float32)
+    tl.store(means + (span * heads + head) * D + channel, mean, mask=channel < D)
+
+
+@triton.jit(
+    do_not_specialize=["key_slots", "stride_table"],
+    do_not_specialize_on_alignment=["block_table"],
+)
+def code_keys(
+    cache, block_table, chunks, means, codes, steps, key_slots,
+    stride_block, stride_head, stride_token, stride_table,
+    PAGE: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    LIMIT: tl.constexpr,
+):  # fmt: skip
+    """One program: the codes of a chunk's keys of one kv head.
+
+    Into int8 ``codes`` [Hkv, key_slots, D] and fp32 ``steps`` [Hkv, key_slots / 16].
+    """
+    chunk, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    request = tl.load(chunks + chunk * 8).to(tl.int64)
+    first, context = tl.load(chunks + chunk * 8 + 1), tl.load(chunks + chunk * 8 + 2)
+    slot = tl.load(chunks + chunk * 8 + 3).to(tl.int64)
+    span = tl.load(chunks + chunk * 8 + 4).to(tl.int64)
+    keys = load_keys(
+        cache, block_table + request * stride_table, first, context, head,
+        stride_block, stride_head, stride_token, PAGE, KEYS, D, BLOCK_D,
+    )  # fmt: skip
+    channel = tl.arange(0, BLOCK_D)
+    mean = tl.load(
+        means + (span * tl.num_programs(1) + head) * D + channel, mask=channel < D, other=0.0
+    )
+    here = (first + tl.arange(0, KEYS)) < context
+    x = tl.where(here[:, None], keys - mean[None, :], 0.0)
+    groups = tl.reshape(x, [KEYS // 16, 16, BLOCK_D])
+    size = tl.abs(groups)
+    amax = tl.max(tl.max(size, 2), 1)  # [groups]
+    bad = tl.max(tl.max(tl.where(size < float("inf"), 0, 1), 2), 1)
+    ints = tl.reshape(round_codes(groups, amax[:, None, None], LIMIT), [KEYS, BLOCK_D])
+    row = head * key_slots + slot + tl.arange(0, KEYS)
+    tl.store(codes + row[:, None] * D + channel[None, :], ints, mask=(channel < D)[None, :])
+    group = head * (key_slots // 16) + slot // 16 + tl.arange(0, KEYS // 16)
+    tl.store(steps + group, step_of(amax, bad, LIMIT))

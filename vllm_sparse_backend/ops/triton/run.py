@@ -1,0 +1,240 @@
+"""The launches of one layer, in order, on one stream and without a wait for the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Final
+
+import torch
+
+from vllm_sparse_backend.ops.policies import PolicyTable
+from vllm_sparse_backend.ops.triton import attend, compact, keys, score
+from vllm_sparse_backend.ops.triton.clock import Clock
+from vllm_sparse_backend.ops.triton.heads import HeadTable, Kind, heads_of
+from vllm_sparse_backend.ops.triton.launch import Launch, Shape, architecture, launch, padded
+from vllm_sparse_backend.ops.triton.work import KEY_CHUNK, SLOT_ROWS, Work
+from vllm_sparse_backend.selection.estimate import KEY_CODES, QUERY_CODES
+
+LIST_BYTES: Final = 64 << 20  # of tile lists at a time; more q blocks go one wave after the other
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One layer of one step: the tensors, and what follows from their shapes."""
+
+    q: torch.Tensor
+    kv_cache: torch.Tensor
+    block_table: torch.Tensor
+    work: Work
+    heads: HeadTable
+    scale: float
+
+    @property
+    def num_heads(self) -> int:
+        """Q heads."""
+        return self.q.shape[1]
+
+    @property
+    def kv_heads(self) -> int:
+        """KV heads."""
+        return self.kv_cache.shape[1]
+
+    @property
+    def group(self) -> int:
+        """Q heads per kv head."""
+        return self.num_heads // self.kv_heads
+
+    @cached_property
+    def how(self) -> Launch:
+        """The launches of these shapes."""
+        return launch(architecture(), self.q.shape[2], self.group, self.q.dtype)
+
+    @property
+    def precision(self) -> str:
+        """Of products of the model's own numbers, which matters in float32 only."""
+        return "ieee" if self.q.dtype == torch.float32 else "tf32"
+
+    @property
+    def channels(self) -> dict[str, int]:
+        """What every kernel that sees channels is compiled for."""
+        return {"D": self.q.shape[2], "BLOCK_D": padded(self.q.shape[2])}
+
+    @property
+    def paged(self) -> dict[str, int]:
+        """What every kernel that sees the cache is compiled for."""
+        return {"PAGE": self.kv_cache.shape[2], **self.channels}
+
+    @property
+    def cache_strides(self) -> tuple[int, ...]:
+        """Of blocks, kv heads and tokens in the cache, and of requests in the block table."""
+        return *self.kv_cache.stride()[:3], self.block_table.stride(0)
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """A workspace beside the tensors."""
+        return torch.empty(shape, dtype=dtype, device=self.q.device)
+
+
+def forward(
+    q: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    work: Work,
+    table: PolicyTable,
+    scale: float,
+    out: torch.Tensor,
+    clock: Clock | None = None,
+) -> torch.Tensor:
+    """Sparse attention of the requests in ``work`` into their rows of ``out``.
+
+    ``q``, ``out`` [T, Hq, D] with adjacent channels; ``kv_cache`` [num_blocks, Hkv, N, 2*D] with
+    any strides but a last of 1, N a multiple of 16; ``block_table`` int32 [R, max_blocks]. Rows of
+    other requests are left alone. ``clock`` is told of the phases "pack", "select" and "attend".
+
+    Returns the tiles computed per q head, int64 [Hq], on the device; nothing waits for it. Raises
+    ValueError where `launch` has no entry for the shapes.
+    """
+    call = Call(q, kv_cache, block_table, work, heads_of(table, q.device), scale)
+    tiles = torch.zeros(call.num_heads, dtype=torch.int64, device=q.device)
+    mask = _score(call, clock)
+    blocks, row_bytes = len(work.blocks), 4 * call.num_heads * work.subtiles
+    wave = max(1, min(blocks, LIST_BYTES // row_bytes))
+    for first in range(0, blocks, wave):
+        _mark(clock, "select")
+        lists, counts = _compact(call, mask, tiles, first, min(wave, blocks - first))
+        _mark(clock, "attend")
+        _attend(call, lists, counts, first, out)
+    return tiles
+
+
+def select(
+    q: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    work: Work,
+    table: PolicyTable,
+    scale: float,
+) -> torch.Tensor:
+    """The subtiles that `forward` computes, uint8 [Hq, B, subtiles] in the order of the q blocks.
+
+    For tests and analysis, of one request: the lists of all its q blocks at once. Waits.
+    """
+    call = Call(q, kv_cache, block_table, work, heads_of(table, q.device), scale)
+    tiles = torch.zeros(call.num_heads, dtype=torch.int64, device=q.device)
+    lists, counts = _compact(call, _score(call, None), tiles, 0, len(work.blocks))
+    real = torch.arange(work.subtiles, device=q.device) < counts[..., None]
+    # What a list holds behind its end is anything.
+    found = torch.zeros_like(lists, dtype=torch.uint8)
+    found.scatter_reduce_(2, torch.where(real, lists, 0).long(), real.byte(), "amax")
+    return found[torch.argsort(work.blocks[:, 1])].transpose(0, 1)
+
+
+def _mark(clock: Clock | None, phase: str) -> None:
+    if clock is not None:
+        clock.mark(phase)
+
+
+def _options(shape: Shape) -> dict[str, Any]:
+    # Fused multiply-adds are Triton's default today, and will not be from 3.10 on.
+    return {"num_warps": shape.warps, "num_stages": shape.stages, "enable_fp_fusion": True}
+
+
+def _score(call: Call, clock: Clock | None) -> torch.Tensor:
+    """The scored tiles' bits, int32 [B, Hq, words]; see `score.score_tiles`."""
+    words = -(-call.work.subtiles // 32)
+    shape = (len(call.work.blocks), call.num_heads, words)
+    mask = torch.zeros(shape, dtype=torch.int32, device=call.q.device)
+    for bits in call.heads.bits:
+        _mark(clock, "pack")
+        means, codes, steps = _quantize(call, bits)
+        _mark(clock, "select")
+        _score_bits(call, bits, means, codes, steps, mask)
+    return mask
+
+
+def _quantize(call: Call, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The requests' keys as integers: their means, codes and steps; see `keys`."""
+    work, how = call.work, call.how
+    chunks, spans = len(work.chunks), len(work.spans)
+    dim = call.q.shape[2]
+    sums = call.empty(chunks, call.kv_heads, dim)
+    means = call.empty(spans, call.kv_heads, dim)
+    codes = call.empty(call.kv_heads, work.key_slots, dim, dtype=torch.int8)
+    steps = call.empty(call.kv_heads, work.key_slots // 16)
+    options = _options(how.keys)
+    keys.sum_keys[(chunks, call.kv_heads)](
+        call.kv_cache, call.block_table, work.chunks, sums, *call.cache_strides,
+        KEYS=KEY_CHUNK, **call.paged, **options,
+    )  # fmt: skip
+    keys.mean_keys[(spans, call.kv_heads)](sums, work.spans, means, **call.channels, **options)
+    keys.code_keys[(chunks, call.kv_heads)](
+        call.kv_cache, call.block_table, work.chunks, means, codes, steps, work.key_slots,
+        *call.cache_strides,
+        KEYS=KEY_CHUNK, LIMIT=KEY_CODES[bits], **call.paged, **options,
+    )  # fmt: skip
+    return means, codes, steps
+
+
+def _score_bits(
+    call: Call,
+    bits: int,
+    means: torch.Tensor,
+    codes: torch.Tensor,
+    steps: torch.Tensor,
+    mask: torch.Tensor,
+) -> None:
+    """Set the bits of the tiles that heads with such codes score above their threshold."""
+    work, heads, how = call.work, call.heads, call.how
+    slots = work.slots(heads.tail, heads.slots)
+    share_rows = SLOT_ROWS * padded(how.share)
+    programs, shares, words = len(slots), call.num_heads // how.share, mask.shape[2]
+    row_codes = call.empty(programs, shares, share_rows, call.q.shape[2], dtype=torch.int8)
+    slopes, biases = (
+        call.empty(programs, shares, share_rows),
+        call.empty(programs, shares, share_rows),
+    )
+    shared = {"GROUP": call.group, "SHARE": how.share, "SHARE_ROWS": share_rows, "BITS": bits}
+    score.anchor_rows[(programs, shares)](
+        call.q, call.kv_cache, call.block_table, means, work.blocks, slots,
+        heads.ints, heads.floats, row_codes, slopes, biases, call.scale,
+        *call.q.stride()[:2], *call.cache_strides,
+        LIMIT=QUERY_CODES[bits], KEYS=how.anchor.block, PRECISION=call.precision,
+        **shared, **call.paged, **_options(how.anchor),
+    )  # fmt: skip
+    score.score_tiles[(programs, shares, -(-words // how.score_words))](
+        codes, steps, row_codes, slopes, biases, slots, work.blocks, heads.ints, mask,
+        work.key_slots, words,
+        HEADS=call.num_heads, BLOCK_N=how.score.block, WORDS=how.score_words,
+        HAS_SALE=Kind.SALE in heads.kinds, HAS_MASS=Kind.MASS in heads.kinds,
+        **shared, **call.channels, **_options(how.score),
+    )  # fmt: skip
+
+
+def _compact(
+    call: Call, mask: torch.Tensor, tiles: torch.Tensor, first: int, count: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The lists of ``count`` q blocks from the ``first``; see `compact.compact_tiles`."""
+    how, heads, capacity = call.how, call.heads, call.work.subtiles
+    lists = call.empty(count, call.num_heads, capacity, dtype=torch.int32)
+    counts = call.empty(count, call.num_heads, dtype=torch.int32)
+    compact.compact_tiles[(count, call.num_heads)](
+        mask, call.work.blocks, heads.ints, heads.floats, lists, counts, tiles,
+        first, mask.shape[2], capacity,
+        HEADS=call.num_heads, SUBTILES=how.compact.block, SCORED=bool(heads.bits),
+        **_options(how.compact),
+    )  # fmt: skip
+    return lists, counts
+
+
+def _attend(
+    call: Call, lists: torch.Tensor, counts: torch.Tensor, first: int, out: torch.Tensor
+) -> None:
+    """Attention of the q blocks from the ``first`` over their lists, into ``out``."""
+    attend.attend_tiles[(call.num_heads, len(lists))](
+        call.q, call.kv_cache, call.block_table, call.work.blocks, lists, counts, out,
+        call.scale, first, lists.shape[2],
+        *call.q.stride()[:2], *out.stride()[:2], *call.cache_strides,
+        HEADS=call.num_heads, GROUP=call.group, BLOCK_N=call.how.attend.block,
+        PRECISION=call.precision,
+        **call.paged, **_options(call.how.attend),
+    )  # fmt: skip

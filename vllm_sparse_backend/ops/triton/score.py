@@ -1,0 +1,245 @@
+"""Scoring: for the sampled rows of a q block, which subtiles of 16 keys reach the threshold.
+
+The rule is that of `selection.sale` and `selection.mass`. A program serves up to eight q heads that
+read one kv head (SHARE of its GROUP): their scored rows make one matrix. What is left for each tile
+after the integer product is a maximum (or, for `mass`, a sum of cheap exponentials) over its 16
+keys and a fused multiply-add: the threshold and the row's product with the mean key are in the
+row's own bias, and no key needs a mask, since whatever the scan covers beyond the tiles that are to
+be judged are tiles which are computed anyway.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from vllm_sparse_backend.ops.triton.keys import load_keys, round_codes, step_of
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+ALL = tl.constexpr(0)
+SALE = tl.constexpr(2)
+MASS = tl.constexpr(3)
+
+
+@triton.jit
+def place_of(i, count):
+    """Where in a q block the i-th of ``count`` sampled rows lies; as `estimate.scored_rows`."""
+    return (i * 63 + (count - 1) // 2) // (count - 1)
+
+
+@triton.jit
+def local_start(start, local, tile):
+    """The first position of the local window's tiles before a q block."""
+    return tl.maximum(start - local, 0) // tile * tile
+
+
+@triton.jit(do_not_specialize=["stride_table"], do_not_specialize_on_alignment=["block_table"])
+def anchor_rows(
+    q, cache, block_table, means, blocks, slots, ints, floats,
+    codes, slopes, biases, scale,
+    stride_q_token, stride_q_head,
+    stride_block, stride_head, stride_token, stride_table,
+    GROUP: tl.constexpr, SHARE: tl.constexpr, SHARE_ROWS: tl.constexpr,
+    PAGE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BITS: tl.constexpr, LIMIT: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: up to 16 scored rows of one q block, for SHARE q heads of one kv head.
+
+    Their exact scores over sink and local tiles give each its maximum and sum, and these its
+    threshold. Writes per row the int8 ``codes`` [N, Hq / SHARE, M, D], ``slopes`` (scale times the
+    row's step) and ``biases`` (what its estimate lacks of the threshold at a product of 0), fp32
+    [N, Hq / SHARE, M]; M is 16 rows of each of SHARE_ROWS / 16 heads.
+    """
+    program, share = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    kv_head = share * SHARE // GROUP
+    block = tl.load(slots + program * 3).to(tl.int64)
+    slot, whole = tl.load(slots + program * 3 + 1), tl.load(slots + program * 3 + 2)
+    at = blocks + block * 8
+    request = tl.load(at).to(tl.int64)
+    start, first, end = tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
+    query_row, context, span = tl.load(at + 4), tl.load(at + 5), tl.load(at + 7).to(tl.int64)
+
+    row = tl.arange(0, SHARE_ROWS)
+    member, lane = row // 16, row % 16
+    head = share * SHARE + member
+    real = member < SHARE
+    of = ints + head * 8
+    kind = tl.load(of, mask=real, other=0)
+    sink = tl.load(of + 1, mask=real, other=0)
+    local = tl.load(of + 2, mask=real, other=0)
+    tile = tl.load(of + 3, mask=real, other=16)
+    count = tl.maximum(tl.load(of + 4, mask=real, other=2), 2)
+    tail = tl.load(of + 5, mask=real, other=0)
+    least = tl.load(of + 6, mask=real, other=0)
+    bits = tl.load(of + 7, mask=real, other=0)
+    scores = real & (kind >= SALE) & (bits == BITS) & (context >= least)
+
+    # Which position is this row's, and is it scored?
+    i = slot * 16 + lane
+    position = start + tl.where(whole != 0, place_of(i, count), i)
+    sampled_i = (2 * i * (count - 1) + 63) // 126  # the sampled row that is nearest to place i
+    pattern = place_of(sampled_i, count) == i
+    pattern |= (position >= context - tail) | (position == first) | (position == end - 1)
+    scored = tl.where(whole != 0, i < count, pattern)
+    scored &= scores & (position >= first) & (position < end)
+
+    channel = tl.arange(0, BLOCK_D)
+    wide = (channel < D)[None, :]
+    q_at = (query_row + position - first).to(tl.int64) * stride_q_token + head * stride_q_head
+    rows = tl.load(
+        q + q_at[:, None] + channel[None, :], mask=scored[:, None] & wide, other=0.0
+    )  # [M, BLOCK_D]
+
+    # Maximum and sum over sink and local tiles, by the online softmax.
+    begin = local_start(start, local, tile)
+    sink_stop = tl.minimum(tl.max(tl.where(scores, sink, 0)), end)
+    local_first = tl.min(tl.where(scores, begin, end)) // KEYS * KEYS
+    local_first = tl.maximum(local_first, tl.cdiv(sink_stop, KEYS) * KEYS)
+    near = tl.cdiv(sink_stop, KEYS)
+    far = tl.maximum(tl.cdiv(end - local_first, KEYS), 0)
+    best = tl.full([SHARE_ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([SHARE_ROWS], tl.float32)
+    pages = block_table + request * stride_table
+    for step in range(near + far):
+        from_key = tl.where(step < near, step * KEYS, local_first + (step - near) * KEYS)
+        key = from_key + tl.arange(0, KEYS)
+        k = load_keys(
+            cache, pages, from_key, end, kv_head,
+            stride_block, stride_head, stride_token, PAGE, KEYS, D, BLOCK_D,
+        ).to(rows.dtype)  # fmt: skip
+        s = scale * tl.dot(rows, tl.trans(k), input_precision=PRECISION)
+        seen = (key[None, :] < sink[:, None]) | (key[None, :] >= begin[:, None])
+        seen &= key[None, :] <= position[:, None]
+        s = tl.where(seen, s, float("-inf"))
+        higher = tl.maximum(best, tl.max(s, 1))
+        safe = tl.where(higher == float("-inf"), 0.0, higher)
+        total = total * tl.exp(best - safe) + tl.sum(tl.exp(s - safe[:, None]), 1)
+        best = higher
+
+    tau = tl.load(floats + head * 4, mask=real, other=1.0)
+    slope = tl.load(floats + head * 4 + 1, mask=real, other=0.0)
+    tau *= tl.exp2(slope * tl.log2((start + 64) / 8192.0))
+    threshold = best + tl.log(tl.where(scored, tau * total, 1.0))
+    mean = tl.load(
+        means + (span * (tl.num_programs(1) * SHARE // GROUP) + kv_head) * D + channel,
+        mask=channel < D,
+        other=0.0,
+    )
+    x = rows.to(tl.float32)
+    amax = tl.max(tl.abs(x), 1)
+    bad = tl.max(tl.where(tl.abs(x) < float("inf"), 0, 1), 1)
+    bias = scale * tl.sum(x * mean[None, :], 1) - threshold
+    out = (program * tl.num_programs(1) + share) * SHARE_ROWS + row
+    tl.store(
+        codes + out[:, None] * D + channel[None, :], round_codes(x, amax[:, None], LIMIT), mask=wide
+    )
+    # A row that is not scored has a bias that nothing makes up for.
+    tl.store(slopes + out, tl.where(scored, scale * step_of(amax, bad, LIMIT), 0.0))
+    tl.store(biases + out, tl.where(scored, bias, float("-inf")))
+
+
+@triton.jit
+def exp_linear(x):
+    """`selection.mass.exp_linear` by the bits of a float, which are linear between powers of 2."""
+    y = x * LOG2_E
+    y = tl.minimum(tl.where(y == y, y, 123.0), 123.0)
+    bits = ((tl.maximum(y, -127.0) + 127.0) * 8388608.0).to(tl.int32)
+    return tl.where(y < -126.0, 0.0, bits.to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def _either(a, b):
+    return a | b
+
+
+@triton.jit(do_not_specialize=["key_slots", "words"])
+def score_tiles(
+    key_codes, key_steps, row_codes, slopes, biases, slots, blocks, ints, mask,
+    key_slots, words,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, SHARE: tl.constexpr, SHARE_ROWS: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BITS: tl.constexpr,
+    BLOCK_N: tl.constexpr, WORDS: tl.constexpr,
+    HAS_SALE: tl.constexpr, HAS_MASS: tl.constexpr,
+):  # fmt: skip
+    """One program: WORDS * 512 keys for the rows of one `anchor_rows` program.
+
+    Sets in int32 ``mask`` [B, Hq, words] bit j of word w where subtile 32 w + j is to be computed.
+    A `sale` tile of more than 16 keys is the union of its subtiles, which `compact` makes; the
+    mass of a `mass` tile is summed here.
+    """
+    program, share = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    kv_head = share * SHARE // GROUP
+    block = tl.load(slots + program * 3).to(tl.int64)
+    start, context = tl.load(blocks + block * 8 + 1), tl.load(blocks + block * 8 + 5)
+    base = tl.load(blocks + block * 8 + 6).to(tl.int64)
+
+    MEMBERS: tl.constexpr = SHARE_ROWS // 16
+    of = ints + (share * SHARE + tl.arange(0, MEMBERS)) * 8
+    real = tl.arange(0, MEMBERS) < SHARE
+    scores = (tl.load(of, mask=real, other=0) >= SALE) & (
+        tl.load(of + 7, mask=real, other=0) == BITS
+    )
+    scores &= tl.load(of + 6, mask=real, other=0) <= context
+    tile = tl.load(of + 3, mask=real, other=16)
+    sink = tl.load(of + 1, mask=real, other=0)
+    stop = local_start(start, tl.load(of + 2, mask=real, other=0), tile)
+    stop = tl.max(tl.where(scores, stop, 0))
+    lowest = tl.min(tl.where(scores, sink, stop))
+    first_word = tl.maximum(tl.program_id(2) * WORDS, lowest // 512)
+    last_word = tl.minimum((tl.program_id(2) + 1) * WORDS, tl.cdiv(stop, 512))
+
+    row = tl.arange(0, SHARE_ROWS)
+    channel = tl.arange(0, BLOCK_D)
+    in_rows = (program * tl.num_programs(1) + share) * SHARE_ROWS + row
+    queries = tl.load(
+        row_codes + in_rows[:, None] * D + channel[None, :], mask=(channel < D)[None, :], other=0
+    )  # int8 [M, BLOCK_D]
+    slope, bias = tl.load(slopes + in_rows), tl.load(biases + in_rows)
+    if HAS_MASS:
+        head = share * SHARE + row // 16
+        kind = tl.load(ints + head * 8, mask=row // 16 < SHARE, other=0)
+        row_tile = tl.load(ints + head * 8 + 3, mask=row // 16 < SHARE, other=16)
+
+    N: tl.constexpr = BLOCK_N // 16  # subtiles of one product
+    key_lane = tl.arange(0, BLOCK_N)
+    step_at = key_steps + kv_head * (key_slots // 16) + base // 16 + tl.arange(0, N)
+    key_at = key_codes + (kv_head * key_slots + base) * D
+    for word in range(first_word, last_word):
+        bits = tl.zeros([SHARE_ROWS, N], tl.int32)
+        for part in range(512 // BLOCK_N):
+            key = word * 512 + part * BLOCK_N
+            at = (key + key_lane)[None, :] * D + channel[:, None]
+            if BLOCK_D == D:
+                keys = tl.load(key_at + at)
+            else:
+                keys = tl.load(key_at + at, mask=(channel < D)[:, None], other=0)
+            product = tl.dot(queries, keys, out_dtype=tl.int32)  # [M, BLOCK_N]
+            step = tl.load(step_at + key // 16)
+            groups = tl.reshape(product, [SHARE_ROWS, N, 16])
+            unit = slope[:, None] * step[None, :]
+            keep = tl.zeros([SHARE_ROWS, N], tl.int1)
+            if HAS_SALE:
+                excess = unit * tl.max(groups, 2).to(tl.float32) + bias[:, None]
+                keep = ~(excess <= 0)
+            if HAS_MASS:
+                excess = unit[:, :, None] * groups.to(tl.float32) + bias[:, None, None]
+                one = tl.sum(exp_linear(excess), 2)  # [M, N]
+                pair = tl.sum(tl.reshape(one, [SHARE_ROWS, N // 2, 2]), 2)
+                quad = tl.sum(tl.reshape(pair, [SHARE_ROWS, N // 4, 2]), 2)
+                pair = _repeat(pair, SHARE_ROWS, N // 2, 2)
+                quad = _repeat(quad, SHARE_ROWS, N // 4, 4)
+                mass = tl.where(
+                    row_tile[:, None] == 16, one, tl.where(row_tile[:, None] == 32, pair, quad)
+                )
+                keep = tl.where(kind[:, None] == MASS, ~(mass <= 1), keep)
+            bits |= keep.to(tl.int32) << (part * N + tl.arange(0, N))[None, :]
+        bits = tl.reduce(bits, 1, _either)
+        bits = tl.reduce(tl.reshape(bits, [MEMBERS, 16]), 1, _either)
+        out = (block * HEADS + share * SHARE + tl.arange(0, MEMBERS)) * words + word
+        tl.atomic_or(mask + out, bits, mask=real & scores)
+
+
+@triton.jit
+def _repeat(x, ROWS: tl.constexpr, N: tl.constexpr, TIMES: tl.constexpr):
+    """Each column TIMES times: [ROWS, N] to [ROWS, N * TIMES]."""
+    return tl.reshape(tl.broadcast_to(x[:, :, None], [ROWS, N, TIMES]), [ROWS, N * TIMES])
