@@ -1,11 +1,50 @@
-# vLLM for CPUs with sparse prefill:
+# vLLM with sparse prefill, for CPUs:
 #
 #   docker build --tag vllm-sparse .
 #   docker run --rm -p 8000:8000 --shm-size=4g vllm-sparse ORG/MODEL
 #
+# and for NVIDIA's GPUs:
+#
+#   docker build --target cuda --tag vllm-sparse:cuda .
+#   docker run --rm -p 8000:8000 --gpus all --ipc=host vllm-sparse:cuda ORG/MODEL
+#
 # Where pip finds no CPU build of torch, name PyTorch's index of CPU wheels:
 # --build-arg PIP_EXTRA_INDEX_URL=... (seen by the build stage only).
 ARG PYTHON_IMAGE=python:3.11.14-slim-bookworm
+ARG VLLM_IMAGE=vllm/vllm-openai:v0.32.0
+
+# The package without its CPU core: pure Python, which needs no compiler.
+FROM ${PYTHON_IMAGE} AS wheel
+
+WORKDIR /src
+COPY . .
+RUN VLLM_SPARSE_PREFILL_BUILD=skip pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
+
+
+FROM ${VLLM_IMAGE} AS cuda
+
+LABEL org.opencontainers.image.title="vllm-sparse-backend" \
+      org.opencontainers.image.description="vLLM for GPUs with sparse prefill of long prompts" \
+      org.opencontainers.image.version="0.1.0" \
+      org.opencontainers.image.licenses="Apache-2.0"
+
+# Only the plugin: vLLM's image has what it depends on, or the command after it fails.
+RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
+    pip install --no-cache-dir --no-deps /wheels/*.whl \
+    && vllm-sparse --help >/dev/null \
+    && useradd --create-home --uid 1000 --non-unique vllm
+
+ENV HOME=/home/vllm PYTHONUNBUFFERED=1
+USER 1000
+WORKDIR /home/vllm
+EXPOSE 8000
+
+HEALTHCHECK --interval=30s --timeout=10s --start-period=20m --retries=3 \
+    CMD ["python3", "-c", "from urllib.request import urlopen; urlopen('http://127.0.0.1:8000/health', timeout=5)"]
+
+ENTRYPOINT ["vllm", "serve", "--attention-backend", "sparse_prefill"]
+CMD ["--help"]
+
 
 FROM ${PYTHON_IMAGE} AS build
 

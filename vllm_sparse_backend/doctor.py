@@ -34,6 +34,15 @@ class Core(_Report):
     problem: str | None = None
 
 
+class Gpu(_Report):
+    """The GPU that the kernels would run on, where vLLM is built for one."""
+
+    name: str
+    capability: str  # of computing, as "9.0"
+    triton: str | None  # its version
+    problem: str | None = None
+
+
 class Layer(_Report):
     """One layer of the model, as far as its configuration tells."""
 
@@ -63,6 +72,7 @@ class Diagnosis(_Report):
     platform: str | None = None
     registered: bool = False
     core: Core
+    gpu: Gpu | None = None
     environment: dict[str, str]
     plugins: list[str] | None  # VLLM_PLUGINS; None: all are loaded
     model: Model | None = None
@@ -82,23 +92,29 @@ def examine(model: str | None = None, profile: str | None = None) -> Diagnosis:
     if plugins is not None and ENTRY_POINT not in plugins:
         problems.append(f"VLLM_PLUGINS: want {ENTRY_POINT} among the names, got {plugins}")
     core = _core()
-    if core.problem:
-        problems.append(core.problem)
     try:
         config.load_config(None)
     except SparsePrefillError as error:
         problems.append(str(error))
-    platform, registered, served = None, False, None
+    platform, registered, gpu, served = None, False, None, None
     if supported:
         with quiet():
             platform, registered = _in_vllm()
-            if platform != "cpu":
-                problems.append(f"vLLM's platform: want cpu, got {platform}")
+            runs = platform in compat.PLATFORMS
+            if not runs:
+                problems.append(
+                    f"vLLM's platform: want one of {', '.join(compat.PLATFORMS)}, got {platform}"
+                )
+            elif platform != "cpu":
+                gpu = _gpu()
             if not registered and (plugins is None or ENTRY_POINT in plugins):
                 problems.append("vLLM loads its plugins but does not know the backend afterwards")
-            if model is not None and registered and platform == "cpu":
+            if model is not None and registered and runs:
                 served = _served(model, profile)
                 problems += [served.problem] if served.problem else []
+    # Only what would compute can be wrong: a GPU's machine needs no compiled core.
+    if problem := core.problem if gpu is None else gpu.problem:
+        problems.insert(0, problem)
     return Diagnosis(
         package=__version__,
         vllm=version,
@@ -107,6 +123,7 @@ def examine(model: str | None = None, profile: str | None = None) -> Diagnosis:
         platform=platform,
         registered=registered,
         core=core,
+        gpu=gpu,
         environment=config.overrides_in(),
         plugins=plugins,
         model=served,
@@ -129,12 +146,18 @@ def _core() -> Core:
         return Core(isas=isas, problem=str(error))
 
 
+def _gpu() -> Gpu:
+    triton = _version("triton")
+    name, capability = compat.gpu()
+    problem = None if triton else "triton is not installed"
+    return Gpu(name=name, capability=capability, triton=triton, problem=problem)
+
+
 def _in_vllm() -> tuple[str, bool]:
-    from vllm.platforms import current_platform
     from vllm.plugins import load_general_plugins
 
     load_general_plugins()
-    return current_platform.device_type, compat.is_registered()
+    return compat.platform(), compat.is_registered()
 
 
 def _served(path: str, profile: str | None) -> Model:
@@ -146,7 +169,9 @@ def _served(path: str, profile: str | None) -> Model:
     except SparsePrefillError as error:
         return Model(path=path, problem=str(error))
     setup = start.resolve(vllm_config)
-    reasons = expect.reasons(vllm_config, start.capabilities(), enabled=setup.config.enabled)
+    reasons = expect.reasons(
+        vllm_config, start.capabilities(setup.platform), enabled=setup.config.enabled
+    )
     return Model(
         path=path,
         facts=start.facts_of(vllm_config.model_config),

@@ -40,7 +40,7 @@ def _register() -> None:
     from vllm_sparse_backend import compat, config
 
     compat.register_backend(unpickle=registered_member)
-    compat.wrap_platform(on_start=_on_start)
+    compat.wrap_platform(on_start=_on_start, gpu_path=_gpu_path)
     compat.accept_environment(config.environment_names())
 
 
@@ -48,3 +48,10 @@ def _on_start(vllm_config: VllmConfig) -> None:
     from vllm_sparse_backend.backend.start import check
 
     check(vllm_config)
+
+
+def _gpu_path(selector_config: Any, capability: Any) -> str:
+    from vllm_sparse_backend.backend.cuda import backend_for
+
+    module, name = backend_for(selector_config, capability).full_cls_name()
+    return f"{module}.{name}"

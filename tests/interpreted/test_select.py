@@ -29,9 +29,15 @@ def both(paged: Paged, policies: object, scale: float | None = None) -> tuple[Ti
     return own, other
 
 
-@pytest.mark.parametrize("bits", [4, 6, 8])
-@pytest.mark.parametrize("tile", [16, 32, 64])
-@pytest.mark.parametrize("dtype", DTYPES)
+# Every pair of a tile and a dtype, and every number of bits with each of both.
+@pytest.mark.parametrize(
+    ("bits", "tile", "dtype"),
+    [
+        ((4, 6, 8)[(i + j) % 3], tile, dtype)
+        for i, tile in enumerate((16, 32, 64))
+        for j, dtype in enumerate(DTYPES)
+    ],
+)
 def test_the_tiles_of_the_reference(bits: int, tile: int, dtype: torch.dtype) -> None:
     policies: list[Sale | Mass | Static] = [
         selector(sink=s, local=n, tau=tau, bits=bits, tile=tile, row_stride=stride, tail=tail)
@@ -40,22 +46,22 @@ def test_the_tiles_of_the_reference(bits: int, tile: int, dtype: torch.dtype) ->
             [0.02, 0.05, 0.01],
             [4, 1, 8],
             itertools.cycle([Sale, Mass]),
-            [0, 20, 130],
+            [0, 20, 100],
             strict=False,
         )
     ]
     dim = {16: 64, 32: 80, 64: 128}[tile]
-    qkv = make_qkv(bits, 200, 700, 3, 1, dim, dtype)
+    qkv = make_qkv(bits, 150, 400, 3, 1, dim, dtype)
     own, other = both(make_paged([qkv], "strided", 32), policies)
     assert_same_tiles(own, other, qkv, policies, dim**-0.5)
     assert sum(own.computed) < sum(own.causal)
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=8, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_any_policies(data: st.DataObject) -> None:
-    length = data.draw(st.integers(1, 700))
-    rows = data.draw(st.integers(1, min(length, 130)))
+    length = data.draw(st.integers(1, 400))
+    rows = data.draw(st.integers(1, min(length, 100)))
     tile = st.sampled_from([16, 32, 64])
     sinks, locals_ = st.integers(1, 100), st.integers(0, 150)
     scored = dict(
@@ -66,7 +72,7 @@ def test_any_policies(data: st.DataObject) -> None:
         tau_slope=st.sampled_from([0.0, -2.0, 0.7]),
         bits=st.sampled_from([4, 6, 8]),
         row_stride=st.sampled_from([1, 2, 4, 8]),
-        tail=st.integers(0, 150),
+        tail=st.integers(0, 100),
     )
     policy = st.one_of(
         st.just(DENSE),
@@ -86,7 +92,7 @@ def test_a_context_of_several_words() -> None:
         Mass(sink=16, local=64, tau=0.02, tail=0),
         Sale(sink=600, local=64, tau=0.02, tail=0),
     ]
-    qkv = make_qkv(1, 64, 2000, 2, 1)
+    qkv = make_qkv(1, 64, 1150, 2, 1)
     own, other = both(make_paged([qkv], "strided", 128), policies)
     assert_same_tiles(own, other, qkv, policies, 0.125)
     assert 0.1 < sum(own.computed) / sum(own.causal) < 0.9
@@ -94,7 +100,7 @@ def test_a_context_of_several_words() -> None:
 
 @pytest.mark.parametrize("selector", [Sale, Mass])
 def test_lowering_a_threshold_drops_no_tile(selector: type[Sale | Mass]) -> None:
-    paged = make_paged([make_qkv(9, 64, 500, 2, 1)], "strided", 64)
+    paged = make_paged([make_qkv(9, 64, 300, 2, 1)], "strided", 64)
     counts = []
     wider: TileList | None = None
     for tau in (0.0, 0.01, 0.2):
@@ -128,10 +134,10 @@ def test_heads_follow_their_policies_from_their_context_on() -> None:
         Static(sink=16, local=16),
         Sale(sink=16, local=16, tau=0.5, tail=0),
         DENSE,
-        Mass(tile=64),
+        Mass(local=0, tile=64, tail=0),
     ]
-    for length, dense in ((399, [0, 1, 2, 3]), (400, [1, 2, 3]), (600, [2])):
-        table = PolicyTable(rows, [400, 500, 0, 500])
+    for length, dense in ((149, [0, 1, 2, 3]), (150, [1, 2, 3]), (300, [2])):
+        table = PolicyTable(rows, [150, 200, 0, 200])
         paged = make_paged([make_qkv(12, 70, length)], "strided", 64)
         tiles = select_tiles(*paged.tensors, table, kv_layout="strided", impl="triton")
         counts = zip(tiles.computed, tiles.causal, strict=True)

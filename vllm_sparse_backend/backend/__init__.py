@@ -9,15 +9,12 @@ def __getattr__(name: str) -> Any:
     # vLLM resolves the class by this module's name, whatever the platform.
     if name != "SparsePrefillBackend":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from vllm.platforms import current_platform
+    from vllm_sparse_backend import compat
 
-    if not current_platform.is_cpu():
-        from vllm_sparse_backend.errors import SparsePrefillError
+    if compat.supported_platform() == "cpu":
+        from vllm_sparse_backend.backend.cpu import SparsePrefillCPUBackend
 
-        raise SparsePrefillError(
-            f"platform: want cpu, got {current_platform.device_name}: this version of "
-            "vllm-sparse-backend has a CPU backend only"
-        )
-    from vllm_sparse_backend.backend.cpu import SparsePrefillCPUBackend
+        return SparsePrefillCPUBackend
+    from vllm_sparse_backend.backend.cuda import backends
 
-    return SparsePrefillCPUBackend
+    return backends()[0]

@@ -8,26 +8,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from vllm.config import get_current_vllm_config
-from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
     CPUAttentionMetadata,
 )
 
-from vllm_sparse_backend import compat
 from vllm_sparse_backend.backend import observe
 from vllm_sparse_backend.backend.cpu_metadata import MixedMetadata, SparsePrefillCPUMetadataBuilder
-from vllm_sparse_backend.backend.plan import DenseReason, LayerTraits
+from vllm_sparse_backend.backend.group import traits_of
 from vllm_sparse_backend.backend.worker import Worker
 from vllm_sparse_backend.ops import PolicyTable, paged_sparse_attention
-
-KINDS = {
-    AttentionType.ENCODER: DenseReason.ENCODER,
-    AttentionType.ENCODER_ONLY: DenseReason.ENCODER,
-    AttentionType.ENCODER_DECODER: DenseReason.CROSS_ATTENTION,
-}
 
 
 class SparsePrefillCPUBackend(CPUAttentionBackend):
@@ -49,20 +40,7 @@ class SparsePrefillCPUImpl(CPUAttentionBackendImpl):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        model = get_current_vllm_config().model_config
-        self.traits = LayerTraits(
-            head_dim=self.head_size,
-            dtype=str(model.dtype).removeprefix("torch."),
-            kind=KINDS.get(self.attn_type),
-            sliding_window=self.sliding_window != -1,
-            sinks=self.sinks is not None,
-            softcap=bool(self.logits_soft_cap),
-            alibi=self.alibi_slopes is not None,
-            kv_sharing=self.kv_sharing_target_layer_name is not None,
-            draft=compat.is_draft_model(),
-            context_parallel=self.dcp_world_size > 1 or self.pcp_world_size > 1,
-            quantized_kv=self.is_fp8_kv_cache,
-        )
+        self.traits = traits_of(self)
         self._sparse: tuple[Worker, PolicyTable] | None = None
 
     def run_sparse(self, worker: Worker, layer_name: str) -> None:
@@ -107,8 +85,7 @@ class SparsePrefillCPUImpl(CPUAttentionBackendImpl):
             super().forward(
                 layer, query[rows], key[rows], value[rows], kv_cache, part, output[rows]
             )
-        for observer in observe.observers:
-            observer(self._call(layer, query, kv_cache, mixed))
+        observe.show(self._layer_name, mixed, query, kv_cache, self.scale, layer.isa)
         _, stats = paged_sparse_attention(
             query,
             kv_cache,
@@ -124,18 +101,3 @@ class SparsePrefillCPUImpl(CPUAttentionBackendImpl):
         worker.count_plan(mixed.plan)
         worker.count_stats(stats, policies)
         return output
-
-    def _call(
-        self, layer: Any, query: torch.Tensor, kv_cache: torch.Tensor, mixed: MixedMetadata
-    ) -> observe.Call:
-        return observe.Call(
-            layer=compat.layer_index(self._layer_name),
-            requests=mixed.plan.core,
-            q=query,
-            kv_cache=kv_cache,
-            block_table=mixed.block_table,
-            query_start_loc=mixed.query_start_loc,
-            seq_lens=mixed.seq_lens,
-            scale=self.scale,
-            kv_layout=layer.isa,
-        )

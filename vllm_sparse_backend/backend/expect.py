@@ -1,7 +1,7 @@
 """What a model's configuration says about its layers, before there is a layer to ask.
 
 For the log and for `vllm-sparse doctor`. What really happens is decided by each layer about
-itself (`backend.cpu`), by the same predicate; a model may do what its configuration does not
+itself (`backend.group`), by the same predicate; a model may do what its configuration does not
 tell, and then the counters at /metrics say so.
 """
 
@@ -28,6 +28,8 @@ def reasons(
 
 def layers(vllm_config: VllmConfig) -> list[LayerTraits]:
     """The traits of each of the model's layers, as far as its configuration tells."""
+    from vllm.v1.kv_cache_interface import KVQuantMode, get_kv_quant_mode
+
     model, cache = vllm_config.model_config, vllm_config.cache_config
     text = model.hf_text_config
     count = model.get_total_num_hidden_layers()
@@ -42,7 +44,8 @@ def layers(vllm_config: VllmConfig) -> list[LayerTraits]:
                 head_dim=model.get_head_size(),
                 dtype=str(model.dtype).removeprefix("torch."),
                 kind=_kind(vllm_config, kind),
-                sliding_window=kind == "sliding_attention"
+                sliding_window=model.rswa_window is not None
+                or kind == "sliding_attention"
                 or (kind is None and cache.sliding_window is not None),
                 sinks=text.model_type == "gpt_oss",
                 softcap=bool(getattr(text, "attn_logit_softcapping", None)),
@@ -50,7 +53,7 @@ def layers(vllm_config: VllmConfig) -> list[LayerTraits]:
                 kv_sharing=index >= count - shared,
                 context_parallel=parallel.decode_context_parallel_size > 1
                 or parallel.prefill_context_parallel_size > 1,
-                quantized_kv=cache.cache_dtype.startswith("fp8"),
+                quantized_kv=get_kv_quant_mode(cache.cache_dtype) is not KVQuantMode.NONE,
             )
         )
     return found

@@ -8,17 +8,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
+from vllm_sparse_backend import compat
 from vllm_sparse_backend.ops import layout
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One layer in one step that our core has a share of. Tensors are the engine's own: read, do
-    not keep."""
+    """One layer in one step that our core has a share of. Tensors are the engine's own, on its
+    device: read, do not keep."""
 
     layer: int  # in the model
     requests: list[int]  # those the core computes; the others go to the base backend
@@ -31,15 +32,16 @@ class Call:
     kv_layout: str
 
     def rows(self, request: int = 0) -> torch.Tensor:
-        """A request's queries of this step [T, Hq, D], the last T of its context."""
+        """A request's queries of this step [T, Hq, D], the last T of its context, on the host."""
         first, last = self.query_start_loc[request : request + 2].tolist()
-        return self.q[first:last]
+        return self.q[first:last].cpu()
 
     def keys_values(self, request: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        """A request's keys and values, copied out of the cache: [S, Hkv, D] each."""
-        return layout.unpack(
+        """A request's keys and values, copied out of the cache: [S, Hkv, D] each, on the host."""
+        k, v = layout.unpack(
             self.kv_cache, self.block_table[request], int(self.seq_lens[request]), self.kv_layout
         )
+        return k.cpu(), v.cpu()
 
 
 Observer: TypeAlias = Callable[[Call], None]
@@ -54,3 +56,28 @@ def observing(observer: Observer) -> Iterator[None]:
         yield
     finally:
         observers.remove(observer)
+
+
+def show(
+    layer_name: str,
+    metadata: Any,
+    q: torch.Tensor,
+    kv_cache: torch.Tensor,
+    scale: float,
+    kv_layout: str,
+) -> None:
+    """Let those who look see a layer's step; ``metadata`` is mixed, of any backend."""
+    for observer in observers:
+        observer(
+            Call(
+                layer=compat.layer_index(layer_name),
+                requests=metadata.plan.core,
+                q=q,
+                kv_cache=kv_cache,
+                block_table=metadata.block_table,
+                query_start_loc=metadata.query_start_loc,
+                seq_lens=metadata.seq_lens,
+                scale=scale,
+                kv_layout=kv_layout,
+            )
+        )

@@ -32,6 +32,8 @@ logger = logging.getLogger("vllm.sparse_prefill")
 
 SHORT_DIGEST = len("sha256:") + 12  # enough to tell profiles apart in a log
 NO_ISA = "none"
+GPU_CORE = "triton"  # in an instruction set's place
+CPU_FIELDS = ("cpu_isa", "dense_core")  # of the configuration, without a meaning elsewhere
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,15 @@ class Setup:
     """What one server runs with."""
 
     config: SparseConfig
-    isa: str  # of the CPU core; NO_ISA where it is switched off
+    isa: str  # of the CPU core, or GPU_CORE; NO_ISA where it is switched off
     profile: Profile | None
     shipped: bool = False  # the profile is one that comes with the package
+    platform: str = "cpu"  # one of compat.PLATFORMS
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the compiled core computes; else the GPU's kernels do."""
+        return self.platform == "cpu"
 
     @property
     def uniform(self) -> Policy:
@@ -70,10 +78,12 @@ class Setup:
 
     def describe(self) -> str:
         """What runs, in a few words that follow "sparse_prefill: "."""
+        base = "CPU_ATTN" if self.on_cpu else "FLASH_ATTN or TRITON_ATTN"
         if not self.config.enabled:
-            return "switched off, everything is computed by CPU_ATTN"
+            return f"switched off, everything is computed by {base}"
+        platform = {"cpu": "CPU", "cuda": "CUDA", "rocm": "ROCm"}[self.platform]
         return (
-            f"prefill on CPU with {self.isa}, the rest by CPU_ATTN; {self.policies()}; "
+            f"prefill on {platform} with {self.isa}, the rest by {base}; {self.policies()}; "
             f"sparse from {self.config.min_prompt_tokens} tokens of context and "
             f"{self.config.min_query_tokens} of a step on"
         )
@@ -82,17 +92,18 @@ class Setup:
 def resolve(vllm_config: VllmConfig) -> Setup:
     """What to run with. Raises SparsePrefillError; the message says what to change."""
     config = load_config(vllm_config.additional_config)
-    isa = _use_isa(config)
+    platform = compat.supported_platform()
+    isa = _use_core(config, platform)
     model = vllm_config.model_config
     if model is None:  # a configuration of parts, as tests and tools make them
-        return Setup(config, isa, None)
+        return Setup(config, isa, None, platform=platform)
     facts = facts_of(model)
     if config.profile is not None:
         profile = load_profile(config.profile)
         profile.match(facts)
-        return Setup(config, isa, profile)
+        return Setup(config, isa, profile, platform=platform)
     shipped = None if config.policy else shipped_for(facts.digest)
-    return Setup(config, isa, shipped, shipped=shipped is not None)
+    return Setup(config, isa, shipped, shipped=shipped is not None, platform=platform)
 
 
 def check(vllm_config: VllmConfig) -> None:
@@ -131,11 +142,11 @@ def warnings(setup: Setup, vllm_config: VllmConfig) -> list[str]:
             "no profile was named and none of this model's comes with the package: every head "
             "gets the same conservative default, which is slower than a calibrated profile"
         )
-    reasons = expect.reasons(vllm_config, capabilities())
+    reasons = expect.reasons(vllm_config, capabilities(setup.platform))
     if None not in reasons:
         counted = ", ".join(sorted({str(reason) for reason in reasons}))
         said.append(f"every layer of this model will be computed dense: {counted}")
-    if slow := _never_pays(setup, vllm_config.model_config.get_head_size()):
+    if setup.on_cpu and (slow := _never_pays(setup, vllm_config.model_config.get_head_size())):
         said.append(
             f"these policies are never faster than keeping every tile with {setup.isa}, so their "
             f"heads keep all: {slow}"
@@ -149,11 +160,18 @@ def warnings(setup: Setup, vllm_config: VllmConfig) -> list[str]:
     return said
 
 
-def capabilities() -> Capabilities:
-    """What the compiled core computes."""
-    from vllm_sparse_backend.ops.cpu import core
+def capabilities(platform: str | None = None) -> Capabilities:
+    """What is computed on one of compat.PLATFORMS, this process's unless given: by the compiled
+    core, or by the GPU's kernels, which take any layout.
+    """
+    if (platform or compat.supported_platform()) == "cpu":
+        from vllm_sparse_backend.ops.cpu import core
 
-    return Capabilities(core.HEAD_DIMS, core.DTYPES, core.KV_LAYOUTS)
+        return Capabilities(core.HEAD_DIMS, core.DTYPES, core.KV_LAYOUTS)
+    from vllm_sparse_backend.ops import triton as kernels
+
+    dtypes = [str(dtype).removeprefix("torch.") for dtype in kernels.DTYPES]
+    return Capabilities(kernels.HEAD_DIMS, dtypes, ())
 
 
 def facts_of(model: ModelConfig) -> ModelFacts:
@@ -167,9 +185,14 @@ def facts_of(model: ModelConfig) -> ModelFacts:
         ) from None
 
 
-def _use_isa(config: SparseConfig) -> str:
+def _use_core(config: SparseConfig, platform: str) -> str:
+    if platform != "cpu" and (given := config.model_fields_set.intersection(CPU_FIELDS)):
+        fields = ", ".join(sorted(given))
+        raise ConfigError(f"{fields}: want it on a CPU only, got it on platform {platform}")
     if not config.enabled:
         return NO_ISA
+    if platform != "cpu":
+        return GPU_CORE
     from vllm_sparse_backend.ops.cpu import core
 
     try:

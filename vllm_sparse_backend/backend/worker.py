@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from vllm_sparse_backend import compat
@@ -37,6 +38,10 @@ class Worker:
         Raises SparsePrefillError where the profile cannot be applied to the layer.
         """
         policies = self._policies(layer_name, num_heads)
+        if not self.setup.on_cpu:
+            # There is no cost model of GPUs, for want of measurements: a policy is followed as soon
+            # as a request is sparse, that is from min_prompt_tokens on.
+            return PolicyTable(policies)
         # A head's policy costs more than keeping all while little lies beyond its window.
         never = 2**31 - 1
         least = self.setup.config.min_prompt_tokens
@@ -84,15 +89,30 @@ class Worker:
 
     def count_stats(self, stats: AttentionStats, policies: PolicyTable) -> None:
         """What one call of the op computed; tiles in units of `SUBTILE` keys."""
-        # Heads may differ in tile size: without weights the coarse ones would hardly count.
-        weights = [size // SUBTILE for size in policies.tile_sizes]
-        for key, tiles in (
-            (counters.COMPUTED, stats.tiles_computed),
-            (counters.CAUSAL, stats.tiles_causal),
-        ):
-            self.counters.add(key, sum(t * w for t, w in zip(tiles, weights, strict=True)))
+        self.count_computed(_in_subtiles(stats.tiles_computed, policies))
+        self.count_causal(stats.tiles_causal, policies)
         self.counters.add(counters.SELECT, stats.pack_seconds + stats.select_seconds)
         self.counters.add(counters.ATTEND, stats.attend_seconds)
+
+    def count_causal(self, tiles: Sequence[int], policies: PolicyTable) -> None:
+        """What there was to compute: tiles per q head, each in the head's own size."""
+        self.counters.add(counters.CAUSAL, _in_subtiles(tiles, policies))
+
+    def count_computed(self, tiles: int) -> None:
+        """Tiles that were computed, in units of `SUBTILE` keys."""
+        self.counters.add(counters.COMPUTED, tiles)
+
+
+def subtiles_of(policies: PolicyTable) -> list[int]:
+    """How many units of `SUBTILE` keys a tile of each q head is.
+
+    Heads may differ in tile size: without these weights the coarse ones would hardly count.
+    """
+    return [size // SUBTILE for size in policies.tile_sizes]
+
+
+def _in_subtiles(tiles: Sequence[int], policies: PolicyTable) -> int:
+    return sum(t * w for t, w in zip(tiles, subtiles_of(policies), strict=True))
 
 
 _workers: dict[str, Worker] = {}  # a process may have several engines, one after the other

@@ -104,10 +104,10 @@ class Totals:
         if causal := self.values.get(CAUSAL):
             density = self.values[COMPUTED] / causal
             select, attend = self.values[SELECT], self.values[ATTEND]
-            line += (
-                f" (density {density:.3f}, {select:.1f} thread seconds selecting, "
-                f"{attend:.1f} attending)"
-            )
+            line += f" (density {density:.3f}"
+            if select or attend:  # nobody takes the time on a GPU
+                line += f", {select:.1f} thread seconds selecting, {attend:.1f} attending"
+            line += ")"
         return f"{line}; dense: {reasons}" if reasons else line
 
 

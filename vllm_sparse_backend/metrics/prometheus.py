@@ -32,7 +32,8 @@ METRICS = {  # name: labels, help
     ),
     SECONDS: (
         ("phase",),
-        "Seconds in the core's attention, summed over threads: selecting tiles, attending to them.",
+        "Seconds in the core's attention, summed over threads: selecting tiles, attending to them; "
+        "not measured on GPUs.",
     ),
 }
 INFO = ("info", "What is served sparsely: instruction set, profile and its digest, version; 1.")

@@ -1,0 +1,133 @@
+"""The GPU backend: vLLM's own FLASH_ATTN or TRITON_ATTN, but for the rows that are planned sparse.
+
+NVIDIA's and AMD's GPUs alike. What is put before a base backend's classes; `cuda_flash` and
+`cuda_triton` put it there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.v1.attention.backend import AttentionBackend, AttentionImpl
+
+from vllm_sparse_backend.backend import observe
+from vllm_sparse_backend.backend.cuda_metadata import MixedMetadata
+from vllm_sparse_backend.backend.group import traits_of
+from vllm_sparse_backend.backend.worker import Worker
+from vllm_sparse_backend.ops import triton as kernels
+
+
+class SparsePrefillImpl(AttentionImpl[Any]):
+    """The attention of one layer: the base's unless told otherwise by the layer's builder; stands
+    before a base backend's impl among a class's bases.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.traits = traits_of(self)
+        self._sparse: tuple[Worker, str] | None = None
+
+    def run_sparse(self, worker: Worker, layer_name: str) -> None:
+        """Follow the steps' plans from now on, under the policies of this layer."""
+        self._sparse = worker, layer_name
+        self.policies = worker.policies(layer_name, self.num_heads, self.head_size)
+
+    def fused_output_quant_supported(self, quant_key: Any) -> bool:
+        """No: our kernels write what the base's would have to quantize."""
+        return False
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attention of one step into ``output``; shapes as in the base class.
+
+        K and V of the step are in ``kv_cache`` already. ``key`` and ``value`` are None where a
+        fused kernel has written them (vLLM 0.33).
+        """
+        mixed = attn_metadata if isinstance(attn_metadata, MixedMetadata) else None
+        if mixed is None or self._sparse is None:
+            return super().forward(
+                layer,
+                query,
+                key,
+                value,
+                kv_cache,
+                attn_metadata,
+                output,
+                output_scale,
+                output_block_scale,
+            )
+        if output_scale is not None or output_block_scale is not None:
+            raise NotImplementedError("sparse_prefill: fused output quantization")
+        worker, name = self._sparse
+        for rows, metadata in mixed.parts:
+            super().forward(
+                layer,
+                query[rows],
+                None if key is None else key[rows],
+                None if value is None else value[rows],
+                kv_cache,
+                metadata,
+                output[rows],
+            )
+        observe.show(name, attn_metadata, query, kv_cache, self.scale, "strided")
+        tiles = kernels.forward(
+            query,
+            kv_cache,
+            attn_metadata.block_table,
+            mixed.work,
+            self.policies,
+            self.scale,
+            output,
+        )
+        mixed.tally.add(name, tiles)
+        worker.count_plan(mixed.plan)
+        worker.count_causal(mixed.work.causal(self.policies), self.policies)
+        return output
+
+
+class SparsePrefillBackend(AttentionBackend):
+    """What vLLM instantiates the rest through; stands before a base backend among a class's bases,
+    whose name and abilities it has: vLLM compares the one and asks for the other.
+    """
+
+    @classmethod
+    def supports_device_cpu_query_lens_mismatch(cls) -> bool:
+        """No: plans and their dense parts go by the lengths on the host."""
+        return False
+
+
+def backends() -> list[type[SparsePrefillBackend]]:
+    """Those there are, best first."""
+    from vllm_sparse_backend.backend.cuda_flash import SparsePrefillFlashBackend, available
+    from vllm_sparse_backend.backend.cuda_triton import SparsePrefillTritonBackend
+
+    flash = [SparsePrefillFlashBackend] if available() else []
+    return [*flash, SparsePrefillTritonBackend]
+
+
+def backend_for(selector_config: Any, capability: Any) -> type[SparsePrefillBackend]:
+    """The best that can serve a layer, by the base backends' own word.
+
+    ``selector_config``: vLLM's AttentionSelectorConfig; ``capability``: the device's. Raises
+    ValueError with the reasons, as vLLM does, if there is none.
+    """
+    reasons = {}
+    for backend in backends():
+        why_not = backend.validate_configuration(
+            device_capability=capability, **selector_config._asdict()
+        )
+        if not why_not:
+            return backend
+        reasons[backend.get_name()] = why_not
+    raise ValueError(f"sparse_prefill is not valid for this configuration. Reasons: {reasons}")

@@ -1,0 +1,166 @@
+"""The plan of each step beside the base backend's metadata, on GPUs; for any base backend."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+from vllm.config import VllmConfig
+from vllm.v1.attention.backend import (
+    AttentionCGSupport,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+    max_decode_query_len,
+)
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
+
+from vllm_sparse_backend.backend.group import LayerGroup, part
+from vllm_sparse_backend.backend.plan import Plan
+from vllm_sparse_backend.backend.tally import TileTally
+from vllm_sparse_backend.backend.worker import worker_of
+from vllm_sparse_backend.errors import SparsePrefillError
+from vllm_sparse_backend.ops import PolicyTable
+from vllm_sparse_backend.ops import triton as kernels
+
+logger = logging.getLogger("vllm.sparse_prefill")
+
+
+@dataclass(kw_only=True)
+class MixedMetadata:
+    """Added to the base backend's metadata of a step in which our kernels compute some requests.
+
+    What it is added to stays that of the whole batch: a layer that is all dense goes by it alone.
+    A step in which our kernels compute nothing has the base backend's metadata, untouched.
+    """
+
+    plan: Plan
+    parts: list[tuple[slice, Any]]  # rows of each dense run, and the base's metadata of it
+    work: Any  # kernels.Work: of the requests that are sparse
+    tally: TileTally
+
+
+class PlanningBuilder(AttentionMetadataBuilder[Any]):
+    """Makes the plan once per step, for all layers of a KV cache group; stands before a base
+    backend's builder among a class's bases.
+    """
+
+    mixed: ClassVar[type[Any]]  # the base's metadata with MixedMetadata
+    # Model runner V1 would hand one group's metadata on to another with the block table changed.
+    # The parts and the counts of the other group's layers would be missing.
+    supports_update_block_table: bool = False
+
+    def __init__(
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._worker = worker_of(vllm_config)
+        # A class that vLLM derives from ours has no `mixed` of its own.
+        derived = "mixed" not in vars(type(self))
+        self._group = LayerGroup(
+            kv_cache_spec, layer_names, vllm_config, self._worker, derived=derived
+        )
+        # Whatever vLLM may take for decode is: it may be in a CUDA graph, and under asynchronous
+        # scheduling its context is not known on the host.
+        self._min_query_tokens = max_decode_query_len(vllm_config) + 1
+        self._planning = True
+        tables = {name: impl.policies for name, impl in self._group.impls.items()}
+        event = torch.cuda.Event() if device.type == "cuda" else None
+        self._tally = TileTally(tables, device, event)
+        if tables:
+            # Decode rows come first, so that they are one run for the base backend. Model runner
+            # V2 always sorts; V1 only for who asks.
+            self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+            self._warm_up(tables)
+
+    @classmethod
+    def get_cudagraph_support(
+        cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec
+    ) -> AttentionCGSupport:
+        """The base's, but no more than batches that are decode alone: a graph has no plan."""
+        base = super().get_cudagraph_support(vllm_config, kv_cache_spec)
+        return min(base, AttentionCGSupport.UNIFORM_BATCH, key=lambda support: support.value)
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> Any:
+        """The base backend's metadata; also a `MixedMetadata` if our kernels have a share."""
+        common = common_attn_metadata
+        whole = super().build(common_prefix_len, common, fast_build)
+        if not self._planning:
+            return whole
+        self._worker.count_computed(self._tally.take())
+        upper_bound = common.seq_lens_cpu_upper_bound  # exact for prompts
+        seq_lens = None if upper_bound is None else upper_bound.numpy()
+        plan = self._group.plan(common, seq_lens, min_query_tokens=self._min_query_tokens)
+        if plan is None or seq_lens is None:
+            return whole
+        # A part has no schedule made ahead (fast_build): FLASH_ATTN keeps that of a step in one
+        # buffer, where those of several parts would overwrite each other.
+        parts = [
+            (
+                slice(run.start, run.stop),
+                super(PlanningBuilder, self).build(0, part(common, run, seq_lens), True),
+            )
+            for run in plan.dense
+        ]
+        starts = common.query_start_loc_cpu.numpy()
+        return self.mixed(
+            **{field.name: getattr(whole, field.name) for field in fields(whole)},
+            plan=plan,
+            parts=parts,
+            work=kernels.plan_work(starts, seq_lens, plan.core, self.device),
+            tally=self._tally,
+        )
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
+        """The base backend's: what is captured is replayed for other batches."""
+        with self._unplanned():
+            return super().build_for_cudagraph_capture(common_attn_metadata)
+
+    def build_for_drafting(
+        self, common_attn_metadata: CommonAttentionMetadata, draft_index: int
+    ) -> Any:
+        """The base backend's: a draft's layers are dense, also where they share our builder."""
+        with self._unplanned():
+            return super().build_for_drafting(common_attn_metadata, draft_index)
+
+    @contextmanager
+    def _unplanned(self) -> Iterator[None]:
+        self._planning = False
+        try:
+            yield
+        finally:
+            self._planning = True
+
+    def _warm_up(self, tables: Mapping[str, PolicyTable]) -> None:
+        """Compile what these tables can ask for, so that no request waits for a compiler."""
+        impl = self._group.impls[next(iter(tables))]
+        spec: AttentionSpec = self.kv_cache_spec
+        try:
+            seconds = kernels.warm_up(
+                impl.num_heads,
+                impl.num_kv_heads,
+                impl.head_size,
+                spec.dtype,
+                spec.block_size,
+                list(tables.values()),
+                self.device,
+            )
+        # Whatever a compiler or driver raises: it is the answer to whether the kernels run here.
+        except Exception as error:
+            raise SparsePrefillError(
+                f"the kernels cannot be compiled for {self.device} ({type(error).__name__}: "
+                f"{error}); choose another --attention-backend"
+            ) from error
+        logger.info("sparse_prefill: kernels compiled in %.1f s", seconds)
