@@ -137,7 +137,7 @@ def _lines(diagnosis: Diagnosis) -> list[tuple[str, str]]:
 
 def _device_lines(diagnosis: Diagnosis) -> list[tuple[str, str]]:
     if (gpu := diagnosis.gpu) is not None:
-        kernels = f"Triton {gpu.triton}" if gpu.triton else "unusable"
+        kernels = f"Triton {gpu.triton}, scores in int8" if gpu.triton else "unusable"
         return [("GPU", f"{gpu.name}, compute capability {gpu.capability}"), ("kernels", kernels)]
     isas = diagnosis.core.isas.items()
     return [

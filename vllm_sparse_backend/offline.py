@@ -18,7 +18,7 @@ from vllm_sparse_backend.compat import vllm_version
 from vllm_sparse_backend.config import SECTION
 from vllm_sparse_backend.profile import ModelFacts
 
-Backend = Literal["CPU_ATTN", "sparse_prefill"]
+Backend = Literal["dense", "sparse_prefill"]  # dense: what vLLM chooses by itself
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,6 @@ class EngineOptions:
         """Of `vllm.LLM`. `sparse_config` goes to the sparse side only: the other ignores it."""
         arguments: dict[str, Any] = {
             "model": self.model,
-            "attention_backend": backend,
             "dtype": self.dtype,
             "enforce_eager": True,
             "enable_prefix_caching": self.prefix_caching,
@@ -61,8 +60,10 @@ class EngineOptions:
             "hf_overrides": self.hf_overrides or {},
             "use_tqdm_on_load": False,
         }
-        if backend == "sparse_prefill" and sparse_config:
-            arguments["additional_config"] = {SECTION: sparse_config}
+        if backend == "sparse_prefill":
+            arguments["attention_backend"] = backend
+            if sparse_config:
+                arguments["additional_config"] = {SECTION: sparse_config}
         return arguments
 
 

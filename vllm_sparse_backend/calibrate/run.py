@@ -24,9 +24,9 @@ from vllm_sparse_backend.calibrate.measure import BY_LADDER
 from vllm_sparse_backend.calibrate.parts import SENSITIVITY, PartsFolder
 from vllm_sparse_backend.calibrate.record import Recorder
 from vllm_sparse_backend.calibrate.results import Measurement, measurement_of, parts_of
-from vllm_sparse_backend.calibrate.rules import Rule, choose
+from vllm_sparse_backend.calibrate.rules import Choice, Rule, choose
 from vllm_sparse_backend.calibrate.summary import profile_of, summary_of
-from vllm_sparse_backend.calibrate.table import Floats, Part, relative_cost, tabulate
+from vllm_sparse_backend.calibrate.table import Floats, Part, Table, relative_cost, tabulate
 from vllm_sparse_backend.config import SparseConfig
 from vllm_sparse_backend.errors import SparsePrefillError
 from vllm_sparse_backend.offline import EngineOptions, engine
@@ -108,20 +108,21 @@ def calibrate(
     sensitivity = None
     if wanted.rule is Rule.LOSS:
         sensitivity = _sensitivity(wanted, model, documents, progress, folder)
-    made = None
-    for again in (False, True) if wanted.as_served else (False,):
-        served = {"profile": str(wanted.output.resolve())} if again else DENSE_CONFIG
-        followed = made[0].digest if made else "dense"
+    isa = core.active_isa()
+
+    def chosen_behind(served: dict[str, Any], followed: str) -> tuple[Profile, Table, Choice]:
         parts = _parts(wanted, model, documents, progress, folder, served, followed)
         table = tabulate(parts)
-        isa = core.active_isa()
         cost = relative_cost(table, isa, model.facts.head_dim)
         choice = choose(table, cost, wanted.rule, wanted.budget, wanted.tail, sensitivity)
         profile = profile_of(wanted, model, table, choice, isa)
         _write(profile, wanted.output)
-        made = profile, table, choice, isa
-    assert made is not None
-    profile, table, choice, isa = made
+        return profile, table, choice
+
+    profile, table, choice = chosen_behind(DENSE_CONFIG, "dense")
+    if wanted.as_served:
+        itself = {"profile": str(wanted.output.resolve())}
+        profile, table, choice = chosen_behind(itself, profile.digest)
     seconds = time.perf_counter() - started
     measurement = summary_of(wanted, model, profile, table, choice, isa, seconds, sensitivity)
     path = measurement_of(wanted.output)

@@ -1,7 +1,8 @@
 """What an evaluation measured, as written to eval.json and read by the report.
 
 Every figure is a field, made once by `judge.py`, so that a reader of the JSON computes nothing.
-"Dense" is CPU_ATTN, "sparse" the backend under test, always on the same prompts.
+"Dense" is the attention that vLLM chooses by itself, "sparse" the backend under test, always on
+the same prompts.
 """
 
 from __future__ import annotations
@@ -175,6 +176,7 @@ class Evaluation(_Record):
     seed: int
     repeat: str  # the command that made this
     rows: tuple[Row, ...]
+    dense_kept: int = 0  # documents whose dense side, and so its times, are of an earlier run
     seconds: float  # the whole run
 
     def losses(self) -> list[str]:

@@ -61,7 +61,7 @@ def run(plan: Plan, repeat: str, kept: DenseReadings) -> Evaluation:
         if known == len(documents):
             dense = list(_readings(plan, None, "dense", advance, kept))
         else:
-            with engine(plan.options, "CPU_ATTN") as llm:
+            with engine(plan.options, "dense") as llm:
                 dense = list(_readings(plan, llm, "dense", advance, kept))
     rows = [
         judge(batch, length, its, ours)
@@ -87,6 +87,7 @@ def run(plan: Plan, repeat: str, kept: DenseReadings) -> Evaluation:
         seed=plan.wanted.seed,
         repeat=repeat,
         rows=tuple(rows),
+        dense_kept=known,
         seconds=time.perf_counter() - started,
     )
 
