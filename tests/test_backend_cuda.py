@@ -211,11 +211,13 @@ def test_every_row_has_one_place_with_the_metadata_of_its_run_alone(
         return
     assert isinstance(metadata, MixedMetadata)
     assert metadata.plan.core == wanted
-    assert metadata.work.lengths == tuple((ordered[r].rows, ordered[r].context) for r in wanted)
+    lengths = [pair for work in metadata.works for pair in work.lengths]
+    assert lengths == [(ordered[r].rows, ordered[r].context) for r in wanted]
 
     starts = common.query_start_loc.tolist()
     places = np.zeros(sum(it.rows for it in ordered), dtype=int)
-    for _, _, first, end, row, *_ in metadata.work.blocks.tolist():
+    blocks = [block for work in metadata.works for block in work.blocks.tolist()]
+    for _, _, first, end, row, *_ in blocks:
         places[row : row + end - first] += 1
     for rows, own in metadata.parts:
         places[rows] += 1

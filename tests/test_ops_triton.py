@@ -7,10 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from _attention import make_paged, make_qkv, needs_core, run
 
 from vllm_sparse_backend.ops import sparse_attention
+from vllm_sparse_backend.ops.triton import plan_works
 
 HERE = Path(__file__).parent
 
@@ -43,3 +45,14 @@ def test_each_implementation_has_its_own_layouts() -> None:
     with pytest.raises(ValueError, match=wanted):
         run(paged, None, "cpu")
     assert run(paged, None, "reference")[0].isfinite().all()
+
+
+@pytest.mark.parametrize("most_keys", [1, 300, 800, 10**6])
+def test_a_step_is_cut_where_its_contexts_would_take_too_much_memory(most_keys: int) -> None:
+    contexts = np.array([500, 100, 200, 900, 64])
+    works = plan_works(np.arange(6) * 64, contexts, [0, 1, 3, 4], "cpu", most_keys)
+    lengths = [context for work in works for _, context in work.lengths]
+    assert lengths == [500, 100, 900, 64]
+    for work in works:
+        assert len(work.lengths) == 1 or sum(n for _, n in work.lengths) <= most_keys
+    assert len(works) == {1: 4, 300: 4, 800: 3, 10**6: 1}[most_keys]

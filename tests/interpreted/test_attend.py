@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from _attention import (
@@ -118,6 +120,26 @@ def test_waves_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     out, again = run(paged, MIXED, "triton")
     assert torch.equal(out, expected)
     assert stats.tiles_computed == again.tiles_computed
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(3, 1), (4, 4)])
+def test_no_more_memory_than_was_said(
+    heads: int, kv_heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = 0
+    empty = launches.Call.empty
+
+    def counted(self: launches.Call, *shape: int, **dtype: Any) -> torch.Tensor:
+        nonlocal taken
+        made = empty(self, *shape, **dtype)
+        taken += made.nbytes
+        return made
+
+    monkeypatch.setattr(launches.Call, "empty", counted)
+    monkeypatch.setattr(launches, "LIST_BYTES", 1)
+    run(make_paged([make_qkv(8, 70, 600, heads, kv_heads)], "strided", 32), Sale(), "triton")
+    said = launches.workspace(70, 600, heads, kv_heads, 64)
+    assert said / 2 < taken <= said
 
 
 def test_values_that_are_not_finite_reach_no_q_block_before_them() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backend import AttentionBackend, AttentionImpl
 
 from vllm_sparse_backend.backend import observe
@@ -26,6 +27,7 @@ class SparsePrefillImpl(AttentionImpl[Any]):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.traits = traits_of(self)
+        self._max_model_len = get_current_vllm_config().model_config.max_model_len
         self._sparse: tuple[Worker, str] | None = None
 
     def run_sparse(self, worker: Worker, layer_name: str) -> None:
@@ -55,6 +57,8 @@ class SparsePrefillImpl(AttentionImpl[Any]):
         fused kernel has written them (vLLM 0.33).
         """
         mixed = attn_metadata if isinstance(attn_metadata, MixedMetadata) else None
+        if attn_metadata is None:  # vLLM looks how much memory a step takes, and a cache may have
+            self._take_workspace(query)
         if mixed is None or self._sparse is None:
             return super().forward(
                 layer,
@@ -81,19 +85,29 @@ class SparsePrefillImpl(AttentionImpl[Any]):
                 output[rows],
             )
         observe.show(name, attn_metadata, query, kv_cache, self.scale, "strided")
-        tiles = kernels.forward(
-            query,
-            kv_cache,
-            attn_metadata.block_table,
-            mixed.work,
-            self.policies,
-            self.scale,
-            output,
-        )
-        mixed.tally.add(name, tiles)
+        tiles = [
+            kernels.forward(
+                query,
+                kv_cache,
+                attn_metadata.block_table,
+                work,
+                self.policies,
+                self.scale,
+                output,
+            )
+            for work in mixed.works
+        ]
+        mixed.tally.add(name, tiles[0] if len(tiles) == 1 else torch.stack(tiles).sum(0))
         worker.count_plan(mixed.plan)
-        worker.count_causal(mixed.work.causal(self.policies), self.policies)
+        for work in mixed.works:
+            worker.count_causal(work.causal(self.policies), self.policies)
         return output
+
+    def _take_workspace(self, query: torch.Tensor) -> None:
+        """Allocate, and give back, what a step of so many rows may take at the longest context."""
+        rows, keys = query.shape[0], self._max_model_len
+        size = kernels.workspace(rows, keys, self.num_heads, self.num_kv_heads, self.head_size)
+        torch.empty(size, dtype=torch.uint8, device=query.device)
 
 
 class SparsePrefillBackend(AttentionBackend):

@@ -39,7 +39,7 @@ class MixedMetadata:
 
     plan: Plan
     parts: list[tuple[slice, Any]]  # rows of each dense run, and the base's metadata of it
-    work: Any  # kernels.Work: of the requests that are sparse
+    works: list[Any]  # kernels.Work: the requests that are sparse, in parts
     tally: TileTally
 
 
@@ -71,6 +71,7 @@ class PlanningBuilder(AttentionMetadataBuilder[Any]):
         # scheduling its context is not known on the host.
         self._min_query_tokens = max_decode_query_len(vllm_config) + 1
         self._planning = True
+        self._most_keys = vllm_config.model_config.max_model_len
         tables = {name: impl.policies for name, impl in self._group.impls.items()}
         event = torch.cuda.Event() if device.type == "cuda" else None
         self._tally = TileTally(tables, device, event)
@@ -119,7 +120,7 @@ class PlanningBuilder(AttentionMetadataBuilder[Any]):
             **{field.name: getattr(whole, field.name) for field in fields(whole)},
             plan=plan,
             parts=parts,
-            work=kernels.plan_work(starts, seq_lens, plan.core, self.device),
+            works=kernels.plan_works(starts, seq_lens, plan.core, self.device, self._most_keys),
             tally=self._tally,
         )
 

@@ -15,8 +15,10 @@ _PLACES = {
     "check_device": "launch",
     "forward": "run",
     "plan_work": "work",
+    "plan_works": "work",
     "select": "run",
     "warm_up": "warm",
+    "workspace": "run",
 }
 __all__ = list(_PLACES)
 

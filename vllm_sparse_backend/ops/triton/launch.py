@@ -43,17 +43,18 @@ class Launch:
 
 
 # Attention, by the padded head_dim. A program's 64 query rows are four warps of 16 on NVIDIA and two
-# of 32 on AMD, where any more would multiply the same rows twice. What else there is to choose:
-# products of 64 keys where the registers suffice without a spill, and as many stages as leave
-# room for two blocks on a multiprocessor, so that one multiplies while the other takes exponentials.
-_AMPERE: Final = {64: Shape(64, 4, 3), 128: Shape(32, 4, 4), 256: Shape(16, 4, 3)}
+# of 32 on AMD; where there are more, warps multiply the same rows twice. Then products of 64 keys
+# where the registers suffice without a spill, and as many stages as leave room for two blocks on a
+# multiprocessor, so that one multiplies while the other takes exponentials.
+_AMPERE: Final = {64: Shape(64, 4, 3), 128: Shape(32, 4, 4), 256: Shape(32, 8, 2)}
 _SMALL: Final = {**_AMPERE, 128: Shape(32, 4, 2)}  # 100 KB of shared memory instead of 164
 _HOPPER: Final = {64: Shape(64, 4, 4), 128: Shape(64, 4, 3), 256: Shape(32, 4, 3)}
-_CDNA3: Final = {64: Shape(64, 2, 2), 128: Shape(32, 2, 2), 256: Shape(16, 4, 2)}  # 64 KB
-_CDNA4: Final = {64: Shape(64, 2, 3), 128: Shape(32, 2, 3), 256: Shape(16, 4, 3)}  # 160 KB
+_BLACKWELL: Final = {**_HOPPER, 256: Shape(32, 4, 2)}
+_CDNA3: Final = {64: Shape(32, 2, 2), 128: Shape(32, 2, 2), 256: Shape(16, 4, 2)}  # 64 KB
+_CDNA4: Final = {64: Shape(32, 2, 3), 128: Shape(32, 2, 3), 256: Shape(16, 4, 3)}  # 160 KB
 _ATTEND: Final = {
-    "sm_80": _AMPERE, "sm_86": _SMALL, "sm_89": _SMALL, "sm_90": _HOPPER, "sm_100": _HOPPER,
-    "sm_103": _HOPPER, "sm_120": _SMALL, "gfx942": _CDNA3, "gfx950": _CDNA4,
+    "sm_80": _AMPERE, "sm_86": _SMALL, "sm_89": _SMALL, "sm_90": _HOPPER, "sm_100": _BLACKWELL,
+    "sm_103": _BLACKWELL, "sm_120": _SMALL, "gfx942": _CDNA3, "gfx950": _CDNA4,
 }  # fmt: skip
 # float32 has no matrix units (TF32 would not be float32), and its products take the registers.
 _ATTEND_FLOAT32: Final = {64: Shape(16, 8, 1), 128: Shape(16, 8, 1), 256: Shape(16, 16, 1)}

@@ -9,11 +9,12 @@ from typing import Any, Final
 import torch
 
 from vllm_sparse_backend.ops.policies import PolicyTable
+from vllm_sparse_backend.ops.tiles import Q_BLOCK, SUBTILE
 from vllm_sparse_backend.ops.triton import attend, compact, keys, score
 from vllm_sparse_backend.ops.triton.clock import Clock
 from vllm_sparse_backend.ops.triton.heads import HeadTable, Kind, heads_of
 from vllm_sparse_backend.ops.triton.launch import Launch, Shape, architecture, launch, padded
-from vllm_sparse_backend.ops.triton.work import KEY_CHUNK, SLOT_ROWS, Work
+from vllm_sparse_backend.ops.triton.work import KEY_CHUNK, SLOT_ROWS, WORD_KEYS, Work
 from vllm_sparse_backend.selection.estimate import KEY_CODES, QUERY_CODES
 
 LIST_BYTES: Final = 64 << 20  # of tile lists at a time; more q blocks go one wave after the other
@@ -107,6 +108,18 @@ def forward(
     return tiles
 
 
+def workspace(rows: int, keys: int, heads: int, kv_heads: int, head_dim: int) -> int:
+    """The most bytes that `forward` takes beside its tensors for ``rows`` query tokens of requests
+    with ``keys`` tokens of context, whatever the policies.
+    """
+    blocks, words = -(-rows // Q_BLOCK) + 1, -(-keys // WORD_KEYS)
+    slots, chunks = words * WORD_KEYS, words * WORD_KEYS // KEY_CHUNK
+    quantized = kv_heads * (slots * (head_dim + 4 / 16) + 4 * chunks * head_dim)
+    scored = blocks * Q_BLOCK * 2 * heads * (head_dim + 8)  # a share's rows, to a power of two
+    lists = max(LIST_BYTES, 4 * heads * words * WORD_KEYS // SUBTILE)
+    return int(quantized + scored + 4 * blocks * heads * words + lists)
+
+
 def select(
     q: torch.Tensor,
     kv_cache: torch.Tensor,
@@ -142,8 +155,7 @@ def _options(shape: Shape) -> dict[str, Any]:
 def _score(call: Call, clock: Clock | None) -> torch.Tensor:
     """The scored tiles' bits, int32 [B, Hq, words]; see `score.score_tiles`."""
     words = -(-call.work.subtiles // 32)
-    shape = (len(call.work.blocks), call.num_heads, words)
-    mask = torch.zeros(shape, dtype=torch.int32, device=call.q.device)
+    mask = call.empty(len(call.work.blocks), call.num_heads, words, dtype=torch.int32).zero_()
     for bits in call.heads.bits:
         _mark(clock, "pack")
         means, codes, steps = _quantize(call, bits)

@@ -119,6 +119,30 @@ def plan_work(
     )
 
 
+def plan_works(
+    starts: npt.NDArray[np.integer[Any]],
+    seq_lens: npt.NDArray[np.integer[Any]],
+    requests: Sequence[int],
+    device: torch.device | str,
+    most_keys: int,
+) -> list[Work]:
+    """The same in parts, each of as many requests as have ``most_keys`` of context together.
+
+    One after the other they take no more memory than `workspace` says for so many keys, however
+    many long prompts a step goes on with; a single longer one is a part of its own.
+    """
+    parts: list[list[int]] = []
+    room = 0
+    for r in requests:
+        keys = int(seq_lens[r])
+        if not parts or keys > room:
+            parts.append([])
+            room = most_keys
+        parts[-1].append(r)
+        room -= keys
+    return [plan_work(starts, seq_lens, part, device) for part in parts]
+
+
 def to_device(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
     """As an int32 tensor there, without a wait: copies from pinned memory are asynchronous."""
     tensor = torch.from_numpy(np.ascontiguousarray(array, np.int32))
