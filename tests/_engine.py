@@ -16,7 +16,7 @@ from typing import Any
 
 from vllm_sparse_backend.config import SESSION_VARIABLE
 
-SECONDS = 280
+SECONDS = 560
 METRICS = ("layer_tokens", "tiles")
 
 

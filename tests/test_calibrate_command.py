@@ -25,7 +25,7 @@ from vllm_sparse_backend.tasks.source import Source, read_sources
 from vllm_sparse_backend.tasks.stream import TokenStream
 
 LENGTH = 2304
-SECONDS = 280
+SECONDS = 560
 
 runner = CliRunner()
 

@@ -36,7 +36,7 @@ def fresh(*arguments: str) -> subprocess.CompletedProcess[str]:
     """`vllm-sparse` in a process of its own."""
     code = "from vllm_sparse_backend.cli import app; app()"
     command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=480, check=False)
 
 
 def test_help_and_version_import_neither_torch_nor_vllm() -> None:

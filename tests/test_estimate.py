@@ -173,7 +173,7 @@ def test_what_is_wrong_is_named_before_vllm_is_asked(arguments: list[str], messa
 def fresh(*arguments: str) -> subprocess.CompletedProcess[str]:
     code = "from vllm_sparse_backend.cli import app; app()"
     command = [sys.executable, "-c", code, "estimate", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=480, check=False)
 
 
 def test_a_model_without_weights_is_predicted(tmp_path: Path) -> None:

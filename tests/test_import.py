@@ -377,7 +377,7 @@ def test_import_asks_vllm_for_the_models_numbers(
         [sys.executable, "-c", "from vllm_sparse_backend.cli import app; app()", *arguments],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=480,
         check=False,
     )
     assert done.returncode == 0, done.stderr

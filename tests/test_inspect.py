@@ -267,7 +267,7 @@ def test_attention_of_a_served_model_from_text_to_picture(tmp_path: Path) -> Non
     arguments += ["--model", str(model), "--length", "2100", "-o", "map.svg", "--dtype", "float32"]
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments], cwd=tmp_path, env=environment(),
-        capture_output=True, text=True, timeout=280, check=False,
+        capture_output=True, text=True, timeout=560, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     summary = json.loads(done.stdout)

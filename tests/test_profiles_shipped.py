@@ -46,7 +46,7 @@ def test_the_first_model_finds_its_profile(smollm2: Path) -> None:
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=400,
         check=False,
     )
     assert "profile SmolLM2-135M-Instruct (sha256:" in done.stdout, done.stdout + done.stderr

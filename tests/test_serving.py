@@ -36,7 +36,7 @@ SECTION: dict[str, Any] = {
     "policy": {"selector": "sale", "tau": 0.0},
 }
 PROMPTS = [token_ids(100 + i, length) for i, length in enumerate([1500, 40, 900, 511] * 4)]
-START_SECONDS = 200
+START_SECONDS = 400
 
 
 def _command(model: Path, section: dict[str, Any], *more: str) -> list[str]:
@@ -66,7 +66,7 @@ class Server:
             json.dumps({**body, "ignore_eos": True}).encode(),
             {"Content-Type": "application/json"},
         )
-        with urllib.request.urlopen(request, timeout=120) as answer:
+        with urllib.request.urlopen(request, timeout=240) as answer:
             tokens: list[int] = json.load(answer)["choices"][0]["token_ids"]
         return tokens
 
@@ -300,7 +300,7 @@ def test_the_command_ends_with_one_message(
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
         check=False,
     )
     assert done.returncode != 0
