@@ -17,21 +17,24 @@ from vllm_sparse_backend.ops.triton.score import LOG2_E
 def _update(
     best, total, acc, q, cache_rows, key, position, end, count, offset, unit, channel,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
-    """The online softmax over one product's keys. ``unit``: scale in units of log2."""
+    """The online softmax over one product's keys. ``unit``: scale in units of log2.
+
+    Of fp32 the products are exact ("ieee"), of 16 bits they are either way.
+    """
     if BLOCK_D == D:
-        k = tl.load(cache_rows[None, :] + channel[:, None])  # [D, N]
+        k = tl.load(cache_rows[:, None] + channel[None, :])  # [N, D]
     else:
-        k = tl.load(cache_rows[None, :] + channel[:, None], mask=(channel < D)[:, None], other=0.0)
-    s = unit * tl.dot(q, k, input_precision=PRECISION)  # [M, N]
+        k = tl.load(cache_rows[:, None] + channel[None, :], mask=(channel < D)[None, :], other=0.0)
+    s = tl.dot(q, tl.trans(k), input_precision="ieee")  # [M, N]
     if MASKED:
         real = offset + tl.arange(0, BLOCK_N) // 16 < count
         s = tl.where(real[None, :] & (key[None, :] <= position[:, None]), s, float("-inf"))
     higher = tl.maximum(best, tl.max(s, 1))
     safe = tl.where(higher == float("-inf"), 0.0, higher) if MASKED else higher
-    p = tl.exp2(s - safe[:, None])
-    shrink = tl.exp2(best - safe)
+    p = tl.exp2(s * unit - (safe * unit)[:, None])
+    shrink = tl.exp2((best - safe) * unit)
     v_at = cache_rows[:, None] + D + channel[None, :]  # [N, D]
     if MASKED:
         # Behind the sequence's end a page holds anything, and 0 times a NaN is none.
@@ -41,7 +44,7 @@ def _update(
     else:
         v = tl.load(v_at, mask=(channel < D)[None, :], other=0.0)
     total = total * shrink + tl.sum(p, 1)
-    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
     return higher, total, acc
 
 
@@ -52,7 +55,8 @@ def _place(list_at, pages, offset, count, PAGE: tl.constexpr, BLOCK_N: tl.conste
     lane = tl.arange(0, BLOCK_N)
     entry = offset + lane // 16
     key = tl.load(list_at + entry, mask=entry < count, other=0) * 16 + lane % 16
-    return key, tl.load(pages + key // PAGE) * PAGE + key % PAGE
+    at = key.to(tl.uint32)  # unsigned: divided by a shift alone
+    return key, tl.load(pages + at // PAGE).to(tl.uint32) * PAGE + at % PAGE
 
 
 @triton.jit
@@ -72,7 +76,6 @@ def attend_tiles(
     stride_block, stride_head, stride_token, stride_table,
     HEADS: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: one q block of 64 rows of one q head, over its own list.
 
@@ -113,14 +116,14 @@ def attend_tiles(
         _, place = _place(list_at, pages, (i + 1) * N, count, PAGE, BLOCK_N)
         best, total, acc = _update(
             best, total, acc, queries, rows, key, position, end, count, i * N, unit, channel,
-            D, BLOCK_D, BLOCK_N, False, PRECISION,
+            D, BLOCK_D, BLOCK_N, False,
         )  # fmt: skip
     for i in range(whole, tl.cdiv(count, N)):
         key, place = _place(list_at, pages, i * N, count, PAGE, BLOCK_N)
         rows = cache_head + _offset(place, stride_block, stride_token, PAGE)
         best, total, acc = _update(
             best, total, acc, queries, rows, key, position, end, count, i * N, unit, channel,
-            D, BLOCK_D, BLOCK_N, True, PRECISION,
+            D, BLOCK_D, BLOCK_N, True,
         )  # fmt: skip
     acc = acc / total[:, None]
     out_at = out + (row_at * stride_out_token + head * stride_out_head)[:, None] + channel[None, :]

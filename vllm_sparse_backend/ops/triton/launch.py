@@ -42,27 +42,32 @@ class Launch:
     share: int  # q heads of a group that are scored together
 
 
-# Attention, by the padded head_dim. A program's 64 query rows are four warps of 16 on NVIDIA and two
-# of 32 on AMD; where there are more, warps multiply the same rows twice. Then products of 64 keys
-# where the registers suffice without a spill, and as many stages as leave room for two blocks on a
-# multiprocessor, so that one multiplies while the other takes exponentials.
+# Attention, by the padded head_dim. A program's 64 query rows are four warps of 16 on NVIDIA and
+# two of 32 on AMD; where there are more, warps multiply the same rows twice. Then products of 64
+# keys where the registers suffice without a spill, and as many stages as leave room for two blocks
+# on a multiprocessor, so that one multiplies while the other takes exponentials.
 _AMPERE: Final = {64: Shape(64, 4, 3), 128: Shape(32, 4, 4), 256: Shape(32, 8, 2)}
 _SMALL: Final = {**_AMPERE, 128: Shape(32, 4, 2)}  # 100 KB of shared memory instead of 164
 _HOPPER: Final = {64: Shape(64, 4, 4), 128: Shape(64, 4, 3), 256: Shape(32, 4, 3)}
-_BLACKWELL: Final = {**_HOPPER, 256: Shape(32, 4, 2)}
+_BLACKWELL: Final = {**_HOPPER, 256: Shape(16, 4, 3)}
 _CDNA3: Final = {64: Shape(32, 2, 2), 128: Shape(32, 2, 2), 256: Shape(16, 4, 2)}  # 64 KB
 _CDNA4: Final = {64: Shape(32, 2, 3), 128: Shape(32, 2, 3), 256: Shape(16, 4, 3)}  # 160 KB
 _ATTEND: Final = {
     "sm_80": _AMPERE, "sm_86": _SMALL, "sm_89": _SMALL, "sm_90": _HOPPER, "sm_100": _BLACKWELL,
     "sm_103": _BLACKWELL, "sm_120": _SMALL, "gfx942": _CDNA3, "gfx950": _CDNA4,
 }  # fmt: skip
+# Where one instruction multiplies the codes of 64 rows or more, 128 keys take fewer for each. On
+# sm_103, which has no such instruction for integers, 64 keys for eight heads do not fit registers.
+_SCORE: Final = {
+    "sm_90": Shape(128, 4, 3), "sm_100": Shape(128, 4, 3), "sm_103": Shape(32, 4, 3),
+}  # fmt: skip
 # float32 has no matrix units (TF32 would not be float32), and its products take the registers.
-_ATTEND_FLOAT32: Final = {64: Shape(16, 8, 1), 128: Shape(16, 8, 1), 256: Shape(16, 16, 1)}
+_ATTEND_FLOAT32: Final = {64: Shape(16, 8, 1), 128: Shape(16, 16, 1), 256: Shape(16, 16, 1)}
 
 
-def share_of(group: int) -> int:
-    """The most q heads, up to MOST_SHARED, that divide a group into equal parts."""
-    return max(n for n in range(1, min(group, MOST_SHARED) + 1) if group % n == 0)
+def share_of(group: int, most: int = MOST_SHARED) -> int:
+    """The most q heads, up to ``most``, that divide a group into equal parts."""
+    return max(n for n in range(1, min(group, most) + 1) if group % n == 0)
 
 
 def launch(arch: str, head_dim: int, group: int, dtype: torch.dtype) -> Launch:
@@ -76,12 +81,19 @@ def launch(arch: str, head_dim: int, group: int, dtype: torch.dtype) -> Launch:
         raise ValueError(f"head_dim: want one of {list(HEAD_DIMS)}, got {head_dim}")
     if dtype not in DTYPES:
         raise ValueError(f"dtype: want one of {[str(d) for d in DTYPES]}, got {dtype}")
-    share, width = share_of(group), padded(head_dim)
-    rows, full = 16 * padded(share), dtype == torch.float32
+    width, full = padded(head_dim), dtype == torch.float32
+    share = share_of(group, 2 if full else 4 if width == 256 else MOST_SHARED)
+    rows = 16 * padded(share)
+    if full:
+        anchor = Shape(16, 8, 1)
+    elif width == 256:
+        anchor = Shape(16, 8 if rows == 64 else 4, 1)
+    else:
+        anchor = Shape(64, 8 if rows == 128 else 4, 1)
     return Launch(
-        keys=Shape(128, 4, 1),
-        anchor=Shape(32 if width == 256 or full else 64, 8 if rows == 128 else 4, 1),
-        score=Shape(64, 4, 3),
+        keys=Shape(128, 8 if width == 256 else 4, 1),
+        anchor=anchor,
+        score=_SCORE.get(arch, Shape(64, 4, 3)),
         compact=Shape(1024, 4, 1),
         attend=(_ATTEND_FLOAT32 if full else _ATTEND[arch])[width],
         score_words=4,

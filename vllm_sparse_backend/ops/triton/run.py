@@ -52,11 +52,6 @@ class Call:
         return launch(architecture(), self.q.shape[2], self.group, self.q.dtype)
 
     @property
-    def precision(self) -> str:
-        """Of products of the model's own numbers, which matters in float32 only."""
-        return "ieee" if self.q.dtype == torch.float32 else "tf32"
-
-    @property
     def channels(self) -> dict[str, int]:
         """What every kernel that sees channels is compiled for."""
         return {"D": self.q.shape[2], "BLOCK_D": padded(self.q.shape[2])}
@@ -210,7 +205,7 @@ def _score_bits(
         call.q, call.kv_cache, call.block_table, means, work.blocks, slots,
         heads.ints, heads.floats, row_codes, slopes, biases, call.scale,
         *call.q.stride()[:2], *call.cache_strides,
-        LIMIT=QUERY_CODES[bits], KEYS=how.anchor.block, PRECISION=call.precision,
+        LIMIT=QUERY_CODES[bits], KEYS=how.anchor.block,
         **shared, **call.paged, **_options(how.anchor),
     )  # fmt: skip
     score.score_tiles[(programs, shares, -(-words // how.score_words))](
@@ -247,6 +242,5 @@ def _attend(
         call.scale, first, lists.shape[2],
         *call.q.stride()[:2], *out.stride()[:2], *call.cache_strides,
         HEADS=call.num_heads, GROUP=call.group, BLOCK_N=call.how.attend.block,
-        PRECISION=call.precision,
         **call.paged, **_options(call.how.attend),
     )  # fmt: skip

@@ -41,7 +41,7 @@ def anchor_rows(
     stride_block, stride_head, stride_token, stride_table,
     GROUP: tl.constexpr, SHARE: tl.constexpr, SHARE_ROWS: tl.constexpr,
     PAGE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BITS: tl.constexpr, LIMIT: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
+    BITS: tl.constexpr, LIMIT: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """One program: up to 16 scored rows of one q block, for SHARE q heads of one kv head.
 
@@ -107,7 +107,7 @@ def anchor_rows(
             cache, pages, from_key, end, kv_head,
             stride_block, stride_head, stride_token, PAGE, KEYS, D, BLOCK_D,
         ).to(rows.dtype)  # fmt: skip
-        s = scale * tl.dot(rows, tl.trans(k), input_precision=PRECISION)
+        s = scale * tl.dot(rows, tl.trans(k), input_precision="ieee")
         seen = (key[None, :] < sink[:, None]) | (key[None, :] >= begin[:, None])
         seen &= key[None, :] <= position[:, None]
         s = tl.where(seen, s, float("-inf"))

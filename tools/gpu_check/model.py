@@ -1,0 +1,195 @@
+"""`python -m tools.gpu_check.model`: predicted times of a whole prompt's attention.
+
+Instructions as compiled, rates as published; nothing is timed. The better prediction lets a
+multiprocessor's matrix units work while others issue, the worse one adds the two.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+from pydantic import BaseModel
+from rich.console import Console
+
+from tools.gpu_check.judge import Result
+from tools.gpu_check.machine import Kind
+from tools.gpu_check.peaks import FA2_SHARE, GPUS, PUBLISHED, SPECIAL_LANES, WARPS_ISSUED, Gpu
+from tools.gpu_check.pool import judge_all
+from tools.gpu_check.variants import Cell, variants
+from vllm_sparse_backend.ops.tiles import Q_BLOCK
+from vllm_sparse_backend.selection import UNIFORM_DEFAULT
+
+LAYERS, HEADS, KV_HEADS, DIM = 32, 32, 8, 128  # Llama-3.1-8B
+GROUP = HEADS // KV_HEADS
+ROWS: Final = Q_BLOCK // UNIFORM_DEFAULT.row_stride * GROUP  # scored together
+CHUNKS: Final = {"in chunks of 2048": 2048, "whole": 1 << 30}
+# docs/limits.md, the default policy: SmolLM2's layers on real text up to 16K, generated input for a
+# Llama layer from there on.
+DENSITY: Final = {8192: 0.305, 16384: 0.274, 32768: 0.063, 65536: 0.059, 131072: 0.053}
+PHASES: Final = ("quantize", "anchor", "score", "compact", "attend")
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+class Prediction(BaseModel):
+    """Milliseconds of all layers' attention of one prompt."""
+
+    gpu: str
+    tokens: int
+    prefill: str
+    phases: dict[str, tuple[float, float]]  # better, worse
+    dense: float
+
+    @property
+    def selection(self) -> tuple[float, float]:
+        """Percent of dense attention's time: all phases but `attend`."""
+        best, worst = (
+            100 * sum(self.phases[phase][i] for phase in PHASES[:-1]) / self.dense for i in (0, 1)
+        )
+        return best, worst
+
+    @property
+    def total(self) -> tuple[float, float]:
+        """All phases."""
+        best, worst = (sum(times[i] for times in self.phases.values()) for i in (0, 1))
+        return best, worst
+
+
+def predict(
+    gpu: Gpu, kernels: dict[str, Result], tokens: int, density: float, prefill: str
+) -> Prediction:
+    """One prompt of ``tokens``, by ``kernels`` compiled for the GPU's architecture."""
+    step = min(CHUNKS[prefill], tokens)
+    contexts = range(step, tokens + 1, step)
+    blocks = tokens // Q_BLOCK
+    pairs = tokens * tokens / 2 / Q_BLOCK  # (q block, causal key)
+    window = UNIFORM_DEFAULT.sink + UNIFORM_DEFAULT.local + Q_BLOCK
+    # Keys are read twice in bf16, written as bytes, at each step.
+    moved = sum(contexts) * KV_HEADS * DIM * (2 + 2 + 1)
+    attend, anchor, score = (
+        kernels[name] for name in ("attend_tiles", "anchor_rows", "score_tiles")
+    )
+    work = {
+        "anchor": (anchor, blocks * KV_HEADS * (window / anchor.block + 1), ROWS, 2 * gpu.bf16),
+        "score": (score, pairs * KV_HEADS / score.block, ROWS, 2 * gpu.int8),
+        "compact": (kernels["compact_tiles"], pairs / 16 * HEADS / 1024, 0, gpu.bf16),
+        "attend": (attend, density * pairs * HEADS / attend.block, Q_BLOCK, gpu.bf16),
+    }
+    phases = {"quantize": (moved / gpu.bandwidth, moved / gpu.bandwidth)}
+    for phase, (kernel, products, rows, peak) in work.items():
+        # `peak`: twice the rate where a product is one matrix product and not attention's two.
+        tensor = 4 * rows * kernel.block * DIM / gpu.per_clock(peak) / gpu.few_rows
+        issue = kernel.total * kernel.warps / WARPS_ISSUED
+        special = kernel.instructions[Kind.SPECIAL] * kernel.warps * 32 / SPECIAL_LANES
+        other = max(issue, special)
+        rate = products / (gpu.multiprocessors * gpu.clock)
+        phases[phase] = max(tensor, other) * rate, (tensor + other) * rate
+    dense = 4 * HEADS * DIM * tokens * tokens / 2 / (gpu.bf16 * gpu.dense_share)
+    return Prediction(
+        gpu=gpu.name,
+        tokens=tokens,
+        prefill=prefill,
+        phases={p: (1e3 * LAYERS * a, 1e3 * LAYERS * b) for p, (a, b) in phases.items()},
+        dense=1e3 * LAYERS * dense,
+    )
+
+
+def predict_all(results: Iterable[Result]) -> list[Prediction]:
+    """Each GPU, length and way to prefill, by what its kernels compile to."""
+    by_arch: dict[str, dict[str, Result]] = {}
+    for one in results:
+        by_arch.setdefault(one.arch, {})[one.kernel] = one
+    return [
+        predict(gpu, by_arch[gpu.arch], tokens, density, prefill)
+        for gpu in GPUS
+        for prefill in CHUNKS
+        for tokens, density in DENSITY.items()
+    ]
+
+
+_HEAD: Final = """\
+# PREDICTED times on GPUs
+
+**A prediction, not a measurement**: nothing on this page has run on a GPU. Written by
+`make gpu-model` from the instructions that the kernels compile to (gpu-check.md) and published
+peaks (`tools/gpu_check/peaks.py`). Attention of all 32 layers of Llama-3.1-8B (32 q and 8 kv
+heads, head_dim 128, bfloat16), the uniform default policy, milliseconds. Each range is from perfect
+overlap of matrix units with all else, to none. Left out: what shared memory, caches, launches and
+uneven work cost, so the truth may lie above either end.
+
+Densities are measured ones (limits.md): {density}. Up to 16K they are of SmolLM2 on real text, from
+32K on of generated input for a Llama layer, which explains the step between them.
+
+*Dense*: {dense}.
+*Selection*: all but attention, in percent of dense.
+
+{headline}
+"""
+
+
+def page(predictions: list[Prediction]) -> str:
+    """docs/gpu-model.md."""
+    at = [p for p in predictions if p.tokens == 65536]
+    worst = max(at, key=lambda p: p.selection[1])
+    chunked = [p for p in at if p.prefill != "whole"]
+    within = ", ".join(f"{p.gpu} {_span(*p.selection)}%" for p in chunked)
+    share = {gpu.name: gpu.dense_share for gpu in GPUS}
+    of_fa2 = ", ".join(
+        f"{p.gpu} {_span(*(x * FA2_SHARE[p.gpu] / share[p.gpu] for x in p.selection))}%"
+        for p in chunked
+        if p.gpu in FA2_SHARE
+    )
+    text = _HEAD.format(
+        density=", ".join(f"{d:.3f} at {n // 1024}K" for n, d in DENSITY.items()),
+        dense=", ".join(f"{g.dense} at {g.dense_share:.0%} of {g.name}'s peak" for g in GPUS),
+        headline=f"At 64K, in chunks, selection is predicted to take of dense: {within}.\n"
+        f"Of FlashAttention-2's time: {of_fa2}. Wanted is 8% at most.\n"
+        f"The worst case is {worst.gpu}, {worst.prefill}: {worst.selection[1]:.1f}% of dense.",
+    )
+    columns = ("tokens", *PHASES, "sum", "dense", "selection", "x dense")
+    for gpu in GPUS:
+        for prefill in CHUNKS:
+            text += f"\n## PREDICTION: {gpu.name}, {prefill}\n\n"
+            published = gpu.name == "RTX 4090"
+            heads = (*columns, *(("FA2, published", "SALE, published") if published else ()))
+            text += "| " + " | ".join(heads) + " |\n" + "|---:" * len(heads) + "|\n"
+            for p in predictions:
+                if (p.gpu, p.prefill) == (gpu.name, prefill):
+                    text += "| " + " | ".join(_row(p, published)) + " |\n"
+    return text
+
+
+def _row(p: Prediction, published: bool) -> list[str]:
+    best, worst = p.total
+    row = [f"{p.tokens:,}", *(_span(*p.phases[phase]) for phase in PHASES), _span(best, worst)]
+    row += [f"{p.dense:,.0f}", f"{_span(*p.selection)}%"]
+    row.append(f"{p.dense / worst:.1f} to {p.dense / best:.1f}")
+    if published:
+        known = PUBLISHED[p.tokens]
+        row += [f"{known['FA2']:,}", f"{known['select']:,} + {known['compute']:,}"]
+    return row
+
+
+def _span(low: float, high: float) -> str:
+    texts = [f"{x:,.0f}" if x >= 100 else f"{x:.1f}" for x in (low, high)]
+    return texts[0] if texts[0] == texts[1] else " to ".join(texts)
+
+
+def main(
+    as_json: Annotated[bool, typer.Option("--json", help="to stdout, and no page")] = False,
+) -> None:
+    """Compile what the model needs, predict, and write docs/gpu-model.md."""
+    wanted = variants(Cell(gpu.arch, DIM, GROUP) for gpu in GPUS)
+    predictions = predict_all(result for _, result in judge_all(wanted))
+    if as_json:
+        print(json.dumps([p.model_dump() for p in predictions], indent=1))
+        return
+    (DOCS / "gpu-model.md").write_text(page(predictions))
+    Console(stderr=True).print(f"wrote {DOCS / 'gpu-model.md'}", highlight=False)
+
+
+if __name__ == "__main__":
+    typer.run(main)
