@@ -9,7 +9,7 @@ from typing import Final
 import torch
 
 from vllm_sparse_backend.ops.policies import PolicyTable, tile_size
-from vllm_sparse_backend.ops.tiles import Q_BLOCK
+from vllm_sparse_backend.ops.tiles import Q_BLOCK, SUBTILE
 from vllm_sparse_backend.ops.triton.work import SLOT_ROWS
 from vllm_sparse_backend.selection import AnyPolicy, Dense, Mass, Sale, Static, keeps_all
 
@@ -33,6 +33,7 @@ class HeadTable:
     ints: torch.Tensor  # int32 [Hq, 8]
     floats: torch.Tensor  # fp32 [Hq, 4]
     kinds: frozenset[Kind]
+    wide: bool  # some head sums the mass of more than a subtile
     bits: tuple[int, ...]  # of heads that score, distinct
     tail: int  # the longest of any head that scores
     slots: int  # of SLOT_ROWS scored rows in a whole q block, the most of any head
@@ -56,6 +57,7 @@ def _make(table: PolicyTable, device: torch.device) -> HeadTable:
         ints=torch.tensor([_ints(*pair) for pair in pairs], dtype=torch.int32, device=device),
         floats=torch.tensor([_floats(policy) for policy in table.rows], device=device),
         kinds=frozenset(kinds),
+        wide=any(isinstance(policy, Mass) and policy.tile > SUBTILE for policy in scored),
         bits=tuple(sorted({policy.bits for policy in scored})),
         tail=max((policy.tail for policy in scored), default=0),
         slots=max((-(-Q_BLOCK // policy.row_stride // SLOT_ROWS) for policy in scored), default=1),

@@ -12,6 +12,8 @@ from typing import Final
 
 import torch
 
+from vllm_sparse_backend.ops.triton.work import KEY_CHUNK
+
 DTYPES: Final = (torch.bfloat16, torch.float16, torch.float32)
 HEAD_DIMS: Final = (64, 80, 96, 112, 128, 192, 256)
 ARCHITECTURES: Final = (
@@ -39,6 +41,7 @@ class Launch:
     compact: Shape  # block: subtiles at a time
     attend: Shape
     score_words: int  # words of 512 keys that one `score_tiles` program scans
+    score_parts: int  # in which the keys of a subtile lie in a product of its; see there
     share: int  # q heads of a group that are scored together
 
 
@@ -56,11 +59,11 @@ _ATTEND: Final = {
     "sm_80": _AMPERE, "sm_86": _SMALL, "sm_89": _SMALL, "sm_90": _HOPPER, "sm_100": _BLACKWELL,
     "sm_103": _BLACKWELL, "sm_120": _SMALL, "gfx942": _CDNA3, "gfx950": _CDNA4,
 }  # fmt: skip
-# Where one instruction multiplies the codes of 64 rows or more, 128 keys take fewer for each. On
-# sm_103, which has no such instruction for integers, 64 keys for eight heads do not fit registers.
-_SCORE: Final = {
-    "sm_90": Shape(128, 4, 3), "sm_100": Shape(128, 4, 3), "sm_103": Shape(32, 4, 3),
-}  # fmt: skip
+# Where one instruction multiplies the codes of 64 rows or more, 128 keys take fewer for each; never
+# fewer than 64, since that is the largest tile.
+_SCORE: Final = {arch: Shape(128, 4, 3) for arch in ("sm_90", "sm_100")}
+# sm_103 has no such instruction for integers, and its registers do not hold eight heads' rows.
+_MOST_SHARED: Final = {"sm_103": 4}
 # float32 has no matrix units (TF32 would not be float32), and its products take the registers.
 _ATTEND_FLOAT32: Final = {64: Shape(16, 8, 1), 128: Shape(16, 16, 1), 256: Shape(16, 16, 1)}
 
@@ -82,7 +85,8 @@ def launch(arch: str, head_dim: int, group: int, dtype: torch.dtype) -> Launch:
     if dtype not in DTYPES:
         raise ValueError(f"dtype: want one of {[str(d) for d in DTYPES]}, got {dtype}")
     width, full = padded(head_dim), dtype == torch.float32
-    share = share_of(group, 2 if full else 4 if width == 256 else MOST_SHARED)
+    most = 2 if full else 4 if width == 256 else _MOST_SHARED.get(arch, MOST_SHARED)
+    share = share_of(group, most)
     rows = 16 * padded(share)
     if full:
         anchor = Shape(16, 8, 1)
@@ -91,12 +95,13 @@ def launch(arch: str, head_dim: int, group: int, dtype: torch.dtype) -> Launch:
     else:
         anchor = Shape(64, 8 if rows == 128 else 4, 1)
     return Launch(
-        keys=Shape(128, 8 if width == 256 else 4, 1),
+        keys=Shape(KEY_CHUNK, 8 if width == 256 else 4, 1),
         anchor=anchor,
         score=_SCORE.get(arch, Shape(64, 4, 3)),
         compact=Shape(1024, 4, 1),
         attend=(_ATTEND_FLOAT32 if full else _ATTEND[arch])[width],
         score_words=4,
+        score_parts=2 if arch.startswith("sm_") else 1,
         share=share,
     )
 

@@ -171,13 +171,13 @@ def _quantize(call: Call, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.
     options = _options(how.keys)
     keys.sum_keys[(chunks, call.kv_heads)](
         call.kv_cache, call.block_table, work.chunks, sums, *call.cache_strides,
-        KEYS=KEY_CHUNK, **call.paged, **options,
+        KEYS=how.keys.block, **call.paged, **options,
     )  # fmt: skip
     keys.mean_keys[(spans, call.kv_heads)](sums, work.spans, means, **call.channels, **options)
     keys.code_keys[(chunks, call.kv_heads)](
         call.kv_cache, call.block_table, work.chunks, means, codes, steps, work.key_slots,
         *call.cache_strides,
-        KEYS=KEY_CHUNK, LIMIT=KEY_CODES[bits], **call.paged, **options,
+        KEYS=how.keys.block, LIMIT=KEY_CODES[bits], **call.paged, **options,
     )  # fmt: skip
     return means, codes, steps
 
@@ -213,6 +213,7 @@ def _score_bits(
         work.key_slots, words,
         HEADS=call.num_heads, BLOCK_N=how.score.block, WORDS=how.score_words,
         HAS_SALE=Kind.SALE in heads.kinds, HAS_MASS=Kind.MASS in heads.kinds,
+        WIDE=heads.wide, PARTS=how.score_parts,
         **shared, **call.channels, **_options(how.score),
     )  # fmt: skip
 

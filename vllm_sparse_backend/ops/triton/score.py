@@ -16,6 +16,7 @@ import triton.language as tl
 from vllm_sparse_backend.ops.triton.keys import load_keys, round_codes, step_of
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+ONE_OCTAVE = tl.constexpr(8388608.0)  # between two powers of 2, in the bits of a float
 ALL = tl.constexpr(0)
 SALE = tl.constexpr(2)
 MASS = tl.constexpr(3)
@@ -139,12 +140,19 @@ def anchor_rows(
 
 
 @triton.jit
-def exp_linear(x):
-    """`selection.mass.exp_linear` by the bits of a float, which are linear between powers of 2."""
-    y = x * LOG2_E
-    y = tl.minimum(tl.where(y == y, y, 123.0), 123.0)
-    bits = ((tl.maximum(y, -127.0) + 127.0) * 8388608.0).to(tl.int32)
-    return tl.where(y < -126.0, 0.0, bits.to(tl.float32, bitcast=True))
+def mass_of(products, unit, bias):
+    """Sums of `selection.mass.exp_linear` over the 16 keys in integer ``products``
+    [M, PARTS, N, 16 / PARTS].
+
+    Of ``unit`` [M, N] times a product and ``bias`` [M], in nats. The bits of a float are linear
+    between powers of two, so that scale, bias and the exponent's offset are one multiply-add, and
+    the exponential a conversion to an integer. What is below 2^-126 comes out as that or less.
+    """
+    unit = unit * (LOG2_E * ONE_OCTAVE)
+    bias = bias * (LOG2_E * ONE_OCTAVE) + 127.0 * ONE_OCTAVE
+    bits = products.to(tl.float32) * unit[:, None, :, None] + bias[:, None, None, None]
+    bits = tl.minimum(tl.maximum(bits, 0.0), 250.0 * ONE_OCTAVE).to(tl.int32)  # 2^123 at most
+    return tl.sum(tl.sum(bits.to(tl.float32, bitcast=True), 3), 1)
 
 
 @triton.jit
@@ -159,7 +167,7 @@ def score_tiles(
     HEADS: tl.constexpr, GROUP: tl.constexpr, SHARE: tl.constexpr, SHARE_ROWS: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BITS: tl.constexpr,
     BLOCK_N: tl.constexpr, WORDS: tl.constexpr,
-    HAS_SALE: tl.constexpr, HAS_MASS: tl.constexpr,
+    HAS_SALE: tl.constexpr, HAS_MASS: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """One program: WORDS * 512 keys for the rows of one `anchor_rows` program.
 
@@ -201,7 +209,13 @@ def score_tiles(
         row_tile = tl.load(ints + head * 8 + 3, mask=row // 16 < SHARE, other=16)
 
     N: tl.constexpr = BLOCK_N // 16  # subtiles of one product
-    key_lane = tl.arange(0, BLOCK_N)
+    # In two PARTS, of a subtile's 16 keys 8 are columns in the first half of a product and 8 in the
+    # second, at the same place: where warps share a product's columns by eights, as NVIDIA's do,
+    # each has whole subtiles.
+    WIDTH: tl.constexpr = BLOCK_N // PARTS
+    RUN: tl.constexpr = 16 // PARTS
+    column = tl.arange(0, BLOCK_N)
+    key_lane = column % WIDTH // RUN * 16 + column // WIDTH * RUN + column % RUN
     step_at = key_steps + kv_head * (key_slots // 16) + base // 16 + tl.arange(0, N)
     key_at = key_codes + (kv_head * key_slots + base) * D
     for word in range(first_word, last_word):
@@ -215,23 +229,24 @@ def score_tiles(
                 keys = tl.load(key_at + at, mask=(channel < D)[:, None], other=0)
             product = tl.dot(queries, keys, out_dtype=tl.int32)  # [M, BLOCK_N]
             step = tl.load(step_at + key // 16)
-            groups = tl.reshape(product, [SHARE_ROWS, N, 16])
+            groups = tl.reshape(product, [SHARE_ROWS, PARTS, N, 16 // PARTS])
             unit = slope[:, None] * step[None, :]
             keep = tl.zeros([SHARE_ROWS, N], tl.int1)
             if HAS_SALE:
-                excess = unit * tl.max(groups, 2).to(tl.float32) + bias[:, None]
+                excess = unit * tl.max(tl.max(groups, 3), 1).to(tl.float32) + bias[:, None]
                 keep = ~(excess <= 0)
             if HAS_MASS:
-                excess = unit[:, :, None] * groups.to(tl.float32) + bias[:, None, None]
-                one = tl.sum(exp_linear(excess), 2)  # [M, N]
-                pair = tl.sum(tl.reshape(one, [SHARE_ROWS, N // 2, 2]), 2)
-                quad = tl.sum(tl.reshape(pair, [SHARE_ROWS, N // 4, 2]), 2)
-                pair = _repeat(pair, SHARE_ROWS, N // 2, 2)
-                quad = _repeat(quad, SHARE_ROWS, N // 4, 4)
-                mass = tl.where(
-                    row_tile[:, None] == 16, one, tl.where(row_tile[:, None] == 32, pair, quad)
-                )
-                keep = tl.where(kind[:, None] == MASS, ~(mass <= 1), keep)
+                mass = mass_of(groups, unit, bias)  # [M, N]
+                if WIDE:
+                    pair = tl.sum(tl.reshape(mass, [SHARE_ROWS, N // 2, 2]), 2)
+                    quad = tl.sum(tl.reshape(pair, [SHARE_ROWS, N // 4, 2]), 2)
+                    pair = _repeat(pair, SHARE_ROWS, N // 2, 2)
+                    quad = _repeat(quad, SHARE_ROWS, N // 4, 4)
+                    wide = tl.where(row_tile[:, None] == 32, pair, quad)
+                    mass = tl.where(row_tile[:, None] == 16, mass, wide)
+                # Where an input was not finite, a group's unit or a row's bias is NaN.
+                unknown = ~((unit >= 0) & (unit < float("inf")) & (bias == bias)[:, None])
+                keep = tl.where(kind[:, None] == MASS, (mass > 1) | unknown, keep)
             bits |= keep.to(tl.int32) << (part * N + tl.arange(0, N))[None, :]
         bits = tl.reduce(bits, 1, _either)
         bits = tl.reduce(tl.reshape(bits, [MEMBERS, 16]), 1, _either)
