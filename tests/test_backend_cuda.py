@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ import pytest
 import torch
 from _batch import CPU, NAME, engine_config
 from _gpu_batch import PAGE, GpuGroup, Request, assert_same, base_of, common_of
+from _gpu_orders import v1_order, v2_order
 from hypothesis import given
 from hypothesis import settings as budget
 from hypothesis import strategies as st
@@ -20,7 +20,6 @@ from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.distributed.parallel_state import init_distributed_environment, initialize_model_parallel
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends import flash_attn, triton_attn
-from vllm.v1.attention.backends.utils import reorder_batch_to_split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from vllm_sparse_backend.backend import observe
@@ -136,44 +135,6 @@ def marked(group: GpuGroup, common: Any, layer: int = 0, metadata: Any = None) -
 def is_sparse(request: Request) -> bool:
     """What the documentation says of a request."""
     return request.prefilling and request.rows >= MIN_QUERY and request.context >= MIN_PROMPT
-
-
-class V1Batch:
-    """As much of model runner V1's input batch as its sorting looks at."""
-
-    def __init__(self, requests: list[Request]) -> None:
-        self.requests = requests
-        self.req_ids = [str(n) for n in range(len(requests))]
-        self.num_computed_tokens_cpu = np.array([it.context - it.rows for it in requests])
-        self.num_prompt_tokens = self.num_computed_tokens_cpu + [it.prefilling for it in requests]
-
-    def swap_states(self, a: int, b: int) -> None:
-        lists: tuple[Any, ...] = (
-            self.requests,
-            self.req_ids,
-            self.num_computed_tokens_cpu,
-            self.num_prompt_tokens,
-        )
-        for one in lists:
-            one[a], one[b] = one[b], one[a]
-
-
-def v1_order(requests: list[Request]) -> list[Request]:
-    """By V1's own code, with the threshold that our builder asks for."""
-    batch = V1Batch(list(requests))
-    scheduled = {str(n): it.rows for n, it in enumerate(requests)}
-    reorder_batch_to_split_decodes_and_prefills(
-        batch, SimpleNamespace(num_scheduled_tokens=scheduled), decode_threshold=1
-    )
-    return batch.requests
-
-
-def v2_order(requests: list[Request]) -> list[Request]:
-    """By V2's own code, without speculation."""
-    from vllm.v1.worker.gpu.model_runner import sort_batch_req_ids
-
-    tokens = {str(n): it.rows for n, it in enumerate(requests)}
-    return [requests[int(n)] for n in sort_batch_req_ids(tokens, {}, 1)]
 
 
 REQUESTS = st.lists(
