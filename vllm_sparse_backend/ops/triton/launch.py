@@ -93,7 +93,7 @@ def launch(arch: str, head_dim: int, group: int, dtype: torch.dtype) -> Launch:
     elif width == 256:
         anchor = Shape(16, 8 if rows == 64 else 4, 1)
     else:
-        anchor = Shape(64, 8 if rows == 128 else 4, 1)
+        anchor = Shape(width // 2, 8 if rows == 128 else 4, 1)
     return Launch(
         keys=Shape(KEY_CHUNK, 8 if width == 256 else 4, 1),
         anchor=anchor,
