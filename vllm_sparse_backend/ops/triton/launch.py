@@ -12,13 +12,12 @@ from typing import Final
 
 import torch
 
-from vllm_sparse_backend.ops.triton.work import KEY_CHUNK
-
 DTYPES: Final = (torch.bfloat16, torch.float16, torch.float32)
 HEAD_DIMS: Final = (64, 80, 96, 112, 128, 192, 256)
 ARCHITECTURES: Final = (
     "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "gfx942", "gfx950",
 )  # fmt: skip
+KEY_CHUNK: Final = 128  # keys that one program quantizes
 MOST_SHARED: Final = 8  # q heads whose scored rows make one matrix
 
 

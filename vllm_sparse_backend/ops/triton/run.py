@@ -13,8 +13,15 @@ from vllm_sparse_backend.ops.tiles import Q_BLOCK, SUBTILE
 from vllm_sparse_backend.ops.triton import attend, compact, keys, score
 from vllm_sparse_backend.ops.triton.clock import Clock
 from vllm_sparse_backend.ops.triton.heads import HeadTable, Kind, heads_of
-from vllm_sparse_backend.ops.triton.launch import Launch, Shape, architecture, launch, padded
-from vllm_sparse_backend.ops.triton.work import KEY_CHUNK, SLOT_ROWS, WORD_KEYS, Work
+from vllm_sparse_backend.ops.triton.launch import (
+    KEY_CHUNK,
+    Launch,
+    Shape,
+    architecture,
+    launch,
+    padded,
+)
+from vllm_sparse_backend.ops.triton.work import SLOT_ROWS, WORD_KEYS, Work
 from vllm_sparse_backend.selection.estimate import KEY_CODES, QUERY_CODES
 
 LIST_BYTES: Final = 64 << 20  # of tile lists at a time; more q blocks go one wave after the other

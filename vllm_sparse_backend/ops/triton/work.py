@@ -16,10 +16,10 @@ import torch
 
 from vllm_sparse_backend.ops.policies import PolicyTable
 from vllm_sparse_backend.ops.tiles import SUBTILE, causal_tiles, q_blocks
+from vllm_sparse_backend.ops.triton.launch import KEY_CHUNK
 
 SLOT_ROWS: Final = 16  # scored query rows of one program, for each q head of a group
 BLOCK_SLOTS: Final = 4  # of them in a whole q block
-KEY_CHUNK: Final = 128  # keys that one program quantizes
 WORD_KEYS: Final = 512  # keys whose subtiles are the bits of a word
 
 
