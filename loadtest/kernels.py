@@ -93,8 +93,9 @@ def main(
         raise typer.BadParameter(f"--shape: want {', '.join(SHAPES)}, got {unknown}")
     if impl not in ("cpu", "triton"):
         raise typer.BadParameter(f"--impl: want cpu or triton, got {impl}")
-    if isa and impl != "cpu":
-        raise typer.BadParameter(f"--isa: is of --impl cpu, got {isa} with {impl}")
+    for option, given in (("--isa", isa), ("--threads", threads if threads != 1 else None)):
+        if given is not None and impl != "cpu":
+            raise typer.BadParameter(f"{option}: is of --impl cpu, got {given} with {impl}")
     try:
         here = machine(impl, threads, isa)
     except RuntimeError as error:

@@ -131,3 +131,12 @@ def test_gpu_kernels_want_a_gpu(loadtest: dict[str, Any]) -> None:
     result = CliRunner().invoke(app, ["--impl", "triton", "--length", "64"])
     assert result.exit_code == 2
     assert "want a GPU that torch can use" in result.output
+
+
+@pytest.mark.parametrize(("option", "value"), [("--isa", "avx2"), ("--threads", "2")])
+def test_a_cpus_options_are_not_a_gpus(loadtest: dict[str, Any], option: str, value: str) -> None:
+    app = loadtest["kernels"].typer.Typer()
+    app.command()(loadtest["kernels"].main)
+    result = CliRunner().invoke(app, ["--impl", "triton", option, value])
+    assert result.exit_code == 2
+    assert f"{option}: is of --impl cpu, got {value}" in result.output

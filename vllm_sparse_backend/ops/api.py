@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,6 +13,9 @@ import torch
 from vllm_sparse_backend.ops import checks, layout, reference
 from vllm_sparse_backend.ops.policies import AnyPolicies, PolicyTable
 from vllm_sparse_backend.ops.tiles import SUBTILE, TileList, causal_tiles, q_blocks
+
+if TYPE_CHECKING:
+    from vllm_sparse_backend.ops.triton.work import Work
 
 IMPLS = ("auto", "reference", "cpu", "triton")
 PLAIN_BLOCK = 128  # tokens per block where sparse_attention packs a cache of its own
@@ -243,7 +246,7 @@ def _check_paged(
     return table, checks.check_scale(scale, q.shape[2]), batch
 
 
-def _triton_work(batch: checks.Batch, device: torch.device) -> Any:
+def _triton_work(batch: checks.Batch, device: torch.device) -> Work:
     from vllm_sparse_backend.ops import triton
 
     return triton.plan_work(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Final
 
 import torch
 
@@ -12,9 +11,6 @@ from vllm_sparse_backend.ops.policies import PolicyTable, tile_size
 from vllm_sparse_backend.ops.tiles import Q_BLOCK, SUBTILE
 from vllm_sparse_backend.ops.triton.work import SLOT_ROWS
 from vllm_sparse_backend.selection import AnyPolicy, Dense, Mass, Sale, Static, keeps_all
-
-INT_COLUMNS: Final = 8  # kind, end of the sink, local, tile, scored rows, tail, dense below, bits
-FLOAT_COLUMNS: Final = 4  # tau, tau_slope, growth
 
 
 class Kind(IntEnum):
@@ -30,8 +26,9 @@ class Kind(IntEnum):
 class HeadTable:
     """The rows of a layer's heads, and what the launches depend on."""
 
-    ints: torch.Tensor  # int32 [Hq, 8]
-    floats: torch.Tensor  # fp32 [Hq, 4]
+    # int32 [Hq, 8]: kind, end of the sink, local, tile, scored rows, tail, dense below, bits
+    ints: torch.Tensor
+    floats: torch.Tensor  # fp32 [Hq, 4]: tau, tau_slope, growth, and nothing
     kinds: frozenset[Kind]
     wide: bool  # some head sums the mass of more than a subtile
     bits: tuple[int, ...]  # of heads that score, distinct

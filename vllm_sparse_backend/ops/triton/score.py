@@ -13,13 +13,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from vllm_sparse_backend.ops.triton.heads import Kind
 from vllm_sparse_backend.ops.triton.keys import load_keys, round_codes, step_of
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 ONE_OCTAVE = tl.constexpr(8388608.0)  # between two powers of 2, in the bits of a float
-ALL = tl.constexpr(0)
-SALE = tl.constexpr(2)
-MASS = tl.constexpr(3)
+ALL = tl.constexpr(Kind.ALL.value)
+SALE = tl.constexpr(Kind.SALE.value)
+MASS = tl.constexpr(Kind.MASS.value)
 
 
 @triton.jit
