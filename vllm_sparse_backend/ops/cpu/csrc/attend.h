@@ -11,28 +11,40 @@
 namespace vsb {
 namespace VSB_ISA_NAME {
 
-constexpr int kPanelTiles = 8;   // tiles per softmax step of one head
-constexpr int kBatchTiles = 16;  // tiles packed before the heads go through them
+constexpr int kPanelTiles = 8;    // tiles per softmax step of one head
+constexpr int kSlots = 32;        // tiles that are packed at a time, at most
+constexpr int kFetched = 8;       // tiles fetched from memory before they are packed, at most
+constexpr int kLinesAtOnce = 32;  // cache lines fetched between two products
+constexpr int kAllLines = 1 << 20;
 constexpr int kPanelKeys = kPanelTiles * kSub;
 constexpr float kLowest = -3.40282347e38f;  // finite: a fully masked row meets no inf - inf
 constexpr float kFused = 16777216.0f;       // 2^24
+// Powers of two by which a weight may exceed 1 before a row's maximum is set anew: so that a panel
+// needs no maximum of its own, as a rule.
+constexpr float kGrowth = 8;
+
+// Tiles that a head's next softmax step is of.
+struct Panel {
+  Tile tiles[kPanelTiles];
+  int32_t first_key[kPanelTiles];  // positions
+  int32_t count, oldest;           // when the first of them was packed, in tiles
+};
 
 // What one head carries through the passes; scores are in base 2.
 struct Head {
   int32_t *q;     // [kQBlock][words per row]
   float *out;     // [kQBlock][head_dim], not yet divided by the sum
-  float *maxima;  // [kQBlock]
+  float *maxima;  // [kQBlock]: of the scores, or up to kGrowth less
   float *sums;    // [kQBlock][kLanes], summed over lanes only at the end
-  uint8_t *keep;  // [packed tiles]: what the next pass computes
-  Window window;
+  Panel panel;
 };
 
 struct Shared {      // of one thread
   float *scores;     // [kQBlock][kPanelKeys]
   int32_t *weights;  // [kQBlock][kPanelKeys], words
-  int32_t *packed;   // [kBatchTiles][2 * kSub * head_dim]
+  int32_t *packed;   // [kSlots][2 * kSub * head_dim], a ring
   Head *heads;       // [group]
-  ScoredRows *scored;
+  Choice *choices;   // [group]
 };
 
 // Hands out 64-byte aligned pieces of a thread's scratch; with no base, only counts.
@@ -52,17 +64,23 @@ inline Shared carve(Carver &c, const VsbProblem &p, int32_t subs) {
   Shared s;
   s.scores = c.take<float>(kQBlock * kPanelKeys);
   s.weights = c.take<int32_t>(kQBlock * kPanelKeys);
-  s.packed = c.take<int32_t>(kBatchTiles * 2 * kSub * D);
-  s.scored = c.take<ScoredRows>(1);
+  s.packed = c.take<int32_t>(kSlots * 2 * kSub * D);
   s.heads = c.take<Head>(group);
+  s.choices = c.take<Choice>(group);
   for (int g = 0; g < group; g++) {
     Head h = {};
     h.q = c.take<int32_t>(kQBlock * D);
     h.out = c.take<float>(kQBlock * D);
     h.maxima = c.take<float>(kQBlock);
     h.sums = c.take<float>(kQBlock * kLanes);
-    h.keep = c.take<uint8_t>(subs);
-    if (c.base) s.heads[g] = h;
+    Choice choice = {};
+    choice.keep = c.take<uint8_t>(subs + 8);  // read eight at a time
+    choice.rows.codes = c.take<int32_t>(kQBlock * D / 4);
+    choice.rows.scale = c.take<float>(kQBlock);
+    choice.rows.offset = c.take<float>(kQBlock);
+    if (!c.base) continue;
+    s.heads[g] = h;
+    s.choices[g] = choice;
   }
   return s;
 }
@@ -73,11 +91,12 @@ inline int64_t scratch_bytes(const VsbProblem &p, int32_t longest) {
   return counter.used + 64;
 }
 
-// Scores of one panel to weights, in place of the row's softmax state. first_key[t] is the
-// position of tile t's first key; `masked` if any key may lie after its query.
+// Scores of one panel to weights, in place of the row's softmax state; `masked` if any key may
+// lie after its query.
 template <class C>
-void softmax_panel(const Shared &s, Head &h, int rows, int tiles, int32_t first_row,
-                   const int32_t *first_key, bool masked, float base2, float *decay) {
+void softmax_panel(const Shared &s, Head &h, int rows, int32_t first_row, bool masked, float base2,
+                   float *decay) {
+  const int tiles = h.panel.count;
   const vf nothing = splat(-__builtin_inff());
   vi lane;
   for (int i = 0; i < kLanes; i++) lane[i] = i;
@@ -85,102 +104,139 @@ void softmax_panel(const Shared &s, Head &h, int rows, int tiles, int32_t first_
     float *x = s.scores + r * kPanelKeys;
     if (masked)
       for (int i = 0; i < tiles * kSub; i += kLanes) {
-        const vi key = lane + (first_key[i / kSub] + i % kSub);
+        const vi key = lane + (h.panel.first_key[i / kSub] + i % kSub);
         store(x + i, key <= first_row + r ? load(x + i) : nothing);
       }
-    vf most = load(x);
-    for (int i = kLanes; i < tiles * kSub; i += kLanes) most = max(load(x + i), most);
-    const float old = h.maxima[r], now = hmax(most) * base2 > old ? hmax(most) * base2 : old;
-    decay[r] = now == old ? 1.0f : exp2_nonpositive<C::kExact>(splat(old - now))[0];
-    h.maxima[r] = now;
-    vf scale = splat(base2);
-    // A fused multiply-add would leave `now`'s rounding error in the exponent: beyond 2^24 that
-    // may be any number of powers of two, so the products are rounded like it.
-    if (now > kFused || now < -kFused) {
-      for (int i = 0; i < tiles * kSub; i += kLanes) store(x + i, load(x + i) * scale);
-      scale = splat(1.0f);
+    // Weights relative to `from`. Returns the largest exponent.
+    vf sum;
+    auto weigh = [&](float from, float scale) {
+      vf most = nothing;
+      sum = vf{};
+      for (int i = 0; i < tiles * kSub; i += kLanes) {
+        const vf exponent = load(x + i) * scale - from, w = exp2<C::kExact>(exponent);
+        most = max(exponent, most);
+        sum += w;
+        if constexpr (C::kPerWord == 2)
+          store((bf16 *)(s.weights + r * kPanelKeys) + i, w);
+        else
+          store((float *)(s.weights + r * kPanelKeys) + i, w);
+      }
+      return most;
+    };
+    const float old = h.maxima[r];
+    decay[r] = 1;
+    if (!(abs(old) <= kFused) || any(weigh(old, base2) > splat(kGrowth))) {
+      vf most = load(x);
+      for (int i = kLanes; i < tiles * kSub; i += kLanes) most = max(load(x + i), most);
+      const float now = hmax(most) * base2 > old ? hmax(most) * base2 : old;
+      if (now != old) decay[r] = exp2<C::kExact>(splat(old - now))[0];
+      h.maxima[r] = now;
+      // A fused multiply-add would leave `now`'s rounding error in the exponent: beyond 2^24 that
+      // may be any number of powers of two, so the products are rounded like it.
+      const bool fused = abs(now) <= kFused;
+      if (!fused)
+        for (int i = 0; i < tiles * kSub; i += kLanes) store(x + i, load(x + i) * base2);
+      weigh(now, fused ? base2 : 1.0f);
     }
-    vf sum = load(h.sums + r * kLanes) * decay[r];
-    for (int i = 0; i < tiles * kSub; i += kLanes) {
-      const vf w = exp2_nonpositive<C::kExact>(load(x + i) * scale - now);
-      sum += w;
-      if constexpr (C::kPerWord == 2)
-        store((bf16 *)(s.weights + r * kPanelKeys) + i, w);
-      else
-        store((float *)(s.weights + r * kPanelKeys) + i, w);
-    }
+    sum += load(h.sums + r * kLanes) * decay[r];
     store(h.sums + r * kLanes, sum);
   }
 }
 
-template <class C>
+// `meanwhile` is called between the products, some thousand cycles apart.
+template <class C, class F>
 void attend_panel(const VsbProblem &p, const Shared &s, Head &h, int rows, int32_t first_row,
-                  const Tile *tiles, const int32_t *first_key, int count) {
-  const int D = p.head_dim, steps = D / C::kPerWord;
+                  F &&meanwhile) {
+  const int D = p.head_dim, steps = D / C::kPerWord, count = h.panel.count;
+  const Tile *tiles = h.panel.tiles;
   for (int t = 0; t < count; t += kTilesAtOnce)
     for (int r = 0; r < rows; r += kRows)
       with_sizes(rows - r, count - t, [&]<int R, int N>() {
         for (int k = 0; k < steps; k += kMaxSteps)
           query_key<C, R, N>(h.q + r * steps, steps, tiles + t, k, smaller(kMaxSteps, steps - k),
                              s.scores + r * kPanelKeys + t * kSub, kPanelKeys);
+        meanwhile();
       });
   alignas(64) float decay[kQBlock];
-  const bool masked = first_key[count - 1] + kSub - 1 > first_row;
-  softmax_panel<C>(s, h, rows, count, first_row, first_key, masked, p.scale * 1.44269504f, decay);
+  const bool masked = h.panel.first_key[count - 1] + kSub - 1 > first_row;
+  softmax_panel<C>(s, h, rows, first_row, masked, p.scale * 1.44269504f, decay);
   for (int slice = 0; slice < D / 16; slice += kTilesAtOnce)
     for (int r = 0; r < rows; r += kRows)
       with_sizes(rows - r, D / 16 - slice, [&]<int R, int N>() {
         weight_value<C, R, N>(s.weights + r * kPanelKeys, kPanelKeys, tiles, count, slice,
                               h.out + r * D + slice * 16, D, decay + r);
+        meanwhile();
       });
 }
 
-// Every head attends to the tiles its `keep` marks.
+// Every head attends to the tiles its choice keeps, in their order. A tile is packed once, for
+// all heads that keep it, and stays until its slot in the ring is wanted again: so that a head's
+// panels are full, as a rule, however few of the tiles are its own.
 template <class C, class T>
 void attend_kept(const VsbProblem &p, const KvHead &kv, const Shared &s, int group, int rows,
                  int32_t first_row, int32_t subs) {
-  Tile packed[kBatchTiles];
-  int32_t subs_of[kBatchTiles];
-  for (int32_t sub = 0; sub < subs;) {
-    int n = 0;
-    for (; sub < subs && n < kBatchTiles; sub++) {
-      bool wanted = false;
-      for (int g = 0; g < group; g++) wanted |= s.heads[g].keep[sub];
-      if (wanted) subs_of[n++] = sub;
+  auto next_from = [&](int32_t sub) {
+    while (sub < subs) {  // eight tiles at a time
+      uint64_t kept = 0;
+      for (int g = 0; g < group; g++) kept |= load_as<uint64_t>(s.choices[g].keep + sub);
+      if (kept) return smaller(subs, sub + __builtin_ctzll(kept) / 8);
+      sub += 8;
     }
-    for (int i = 0; i < n; i++) {
-      if (i + 1 < n) prefetch_tile<T>(p, kv, subs_of[i + 1]);
-      packed[i] = pack_tile<C, T>(p, kv, subs_of[i], s.packed + (int64_t)i * 2 * kSub * p.head_dim);
-    }
+    return subs;
+  };
+  // Tiles come from memory while others are attended to: fetched all at once, one after another,
+  // they would be waited for.
+  struct {
+    int32_t sub;      // the tile that is fetched now
+    int line, tiles;  // of it, and those before it that have yet to be packed
+  } fetch = {next_from(0), 0, 0};
+  auto meanwhile = [&] {
+    if (fetch.sub >= subs || fetch.tiles == kFetched) return;
+    const int lines = prefetch_tile<T, 2>(p, kv, fetch.sub, fetch.line, kLinesAtOnce);
+    fetch.line += lines;
+    if (lines < kLinesAtOnce) fetch = {next_from(fetch.sub + 1), 0, fetch.tiles + 1};
+  };
+  auto finish = [&](Head &h) {
+    if (h.panel.count) attend_panel<C>(p, s, h, rows, first_row, meanwhile);
+    h.panel.count = 0;
+  };
+  int32_t sub = next_from(0);
+  for (int32_t packed = 0; sub < subs; packed++) {
+    const int32_t next = next_from(sub + 1);
+    if (next < subs && fetch.sub <= next) prefetch_tile<T, 1>(p, kv, next, 0, kAllLines);
+    if (fetch.sub > sub)
+      fetch.tiles--;
+    else
+      fetch = {next, 0, 0};
+    for (int g = 0; g < group; g++)
+      if (s.heads[g].panel.oldest + kSlots == packed) finish(s.heads[g]);
+    int32_t *slot = s.packed + packed % kSlots * (int64_t)(2 * kSub * p.head_dim);
+    const Tile tile = pack_tile<C, T>(p, kv, sub, slot);
     for (int g = 0; g < group; g++) {
-      Tile panel[kPanelTiles];
-      int32_t first_key[kPanelTiles];
-      int filled = 0;
-      for (int i = 0; i < n; i++) {
-        if (s.heads[g].keep[subs_of[i]]) {
-          panel[filled] = packed[i];
-          first_key[filled++] = subs_of[i] * kSub;
-        }
-        if (filled && (filled == kPanelTiles || i == n - 1)) {
-          attend_panel<C>(p, s, s.heads[g], rows, first_row, panel, first_key, filled);
-          filled = 0;
-        }
-      }
+      if (!s.choices[g].keep[sub]) continue;
+      Panel &panel = s.heads[g].panel;
+      if (panel.count == 0) panel.oldest = packed;
+      panel.tiles[panel.count] = tile;
+      panel.first_key[panel.count++] = sub * kSub;
+      if (panel.count == kPanelTiles) finish(s.heads[g]);
     }
+    sub = next;
   }
+  for (int g = 0; g < group; g++) finish(s.heads[g]);
 }
 
 // Adds the tiles that `keep` marks to the counters and to tiles_out.
-inline void count_tiles(const VsbProblem &p, const KvHead &kv, const Head &h, int head,
+inline void count_tiles(const VsbProblem &p, const KvHead &kv, const Choice &choice, int head,
                         int32_t q_block, ItemStats &stats) {
-  const int tile = p.policies[head].tile, per_tile = tile / kSub;
-  for (int i = 0; i < h.window.subs; i += per_tile) stats.tiles_computed[head] += h.keep[i];
+  const int32_t subs = choice.window.subs;
+  for (int i = 0; i < subs; i += choice.policy->tile / kSub)
+    stats.tiles_computed[head] += choice.keep[i];
   if (!p.tiles_out) return;
   const VsbRequest &r = *kv.request;
   const int32_t first = (r.seq_len - r.query_len) / kQBlock, all = ceil_div(r.seq_len, kSub);
   const int32_t blocks = ceil_div(r.seq_len, kQBlock) - first;
   uint8_t *out = p.tiles_out + ((int64_t)head * blocks + q_block - first) * all;
-  for (int i = 0; i < h.window.subs; i++) out[i] |= h.keep[i];
+  for (int i = 0; i < subs; i++) out[i] |= choice.keep[i];
 }
 
 template <class C, class T>
@@ -202,9 +258,11 @@ void attend(const VsbProblem &p, const KvHead &kv, int32_t q_block, char *scratc
     Head &h = s.heads[g];
     const int head = kv.head * group + g;
     const VsbPolicy &policy = p.policies[head];
+    Choice &choice = s.choices[g];
+    choice.policy = &policy;
     memset(h.out, 0, (size_t)rows * D * 4);
     memset(h.sums, 0, (size_t)rows * kLanes * 4);
-    memset(h.keep, 0, subs);
+    memset(choice.keep, 0, subs);
     for (int r = 0; r < rows; r++) {
       h.maxima[r] = kLowest;
       pack_row<C, T>(q0 + r * p.q_row + head * p.q_head, D, h.q + r * (D / C::kPerWord));
@@ -215,35 +273,36 @@ void attend(const VsbProblem &p, const KvHead &kv, int32_t q_block, char *scratc
           (int64_t)head * (ceil_div(request.seq_len, kQBlock) - base) + q_block - base;
       for (int64_t i = p.list_indptr[at]; i < p.list_indptr[at + 1]; i++)
         for (int32_t j = 0; j < per_tile; j++)
-          if (p.list_tiles[i] * per_tile + j < subs) h.keep[p.list_tiles[i] * per_tile + j] = 1;
-      h.window = {0, 0, subs};
+          if (p.list_tiles[i] * per_tile + j < subs)
+            choice.keep[p.list_tiles[i] * per_tile + j] = 1;
+      choice.window = {0, 0, subs};
     } else {
-      h.window = window_of(policy, request.seq_len, a0, end);
-      memset(h.keep, 1, h.window.sink);
-      memset(h.keep + h.window.local, 1, subs - h.window.local);
+      choice.window = window_of(policy, request.seq_len, a0, end);
+      memset(choice.keep, 1, choice.window.sink);
+      memset(choice.keep + choice.window.local, 1, subs - choice.window.local);
     }
     stats.tiles_causal[head] += ceil_div(end, policy.tile);
-    count_tiles(p, kv, h, head, q_block, stats);
+    count_tiles(p, kv, choice, head, q_block, stats);
   }
   attend_kept<C, T>(p, kv, s, group, rows, first, subs);
 
   const double selecting = seconds();
   bool more = false;
   for (int g = 0; g < group; g++) {
-    Head &h = s.heads[g];
-    const int head = kv.head * group + g;
-    const VsbPolicy &policy = p.policies[head];
-    memset(h.keep, 0, subs);
-    if (!is_scored(policy) || h.window.sink >= h.window.local) continue;
+    const Head &h = s.heads[g];
+    Choice &choice = s.choices[g];
+    memset(choice.keep, 0, subs);
+    if (!is_scored(*choice.policy) || choice.window.sink >= choice.window.local) continue;
     more = true;
     float sums[kQBlock];
     for (int r = 0; r < rows; r++) sums[r] = hsum(load(h.sums + r * kLanes));
-    const Rows<T> scored = {q0 + head * p.q_head, p.q_row, first, rows};
-    auto select = policy.bits == 8   ? select_scored<8, T>
-                  : policy.bits == 6 ? select_scored<6, T>
-                                     : select_scored<4, T>;
-    select(p, kv, policy, scored, h.window, h.maxima, sums, *s.scored, h.keep);
-    count_tiles(p, kv, h, head, q_block, stats);
+    const Rows<T> scored = {q0 + (kv.head * group + g) * p.q_head, p.q_row, first, rows};
+    encode_rows<T>(p, kv, scored, h.maxima, sums, choice);
+  }
+  if (more) {
+    select_scored(p, kv, s.choices, group);
+    for (int g = 0; g < group; g++)
+      count_tiles(p, kv, s.choices[g], kv.head * group + g, q_block, stats);
   }
   const double selected = seconds();
   if (more) attend_kept<C, T>(p, kv, s, group, rows, first, subs);

@@ -119,7 +119,7 @@ KvHead lay_out(const VsbProblem &p, const VsbRequest &request, int32_t head, Mem
       kv.page_sums = memory.take<double>(pages * p.head_dim);
     }
     kv.codes[i].codes = memory.take<int8_t>(subs * kSub * p.head_dim);
-    kv.codes[i].sums = memory.take<int32_t>(subs * kSub);
+    kv.codes[i].shifts = memory.take<int32_t>(subs * kSub);
     kv.codes[i].step = memory.take<float>(subs);
   }
   return kv;

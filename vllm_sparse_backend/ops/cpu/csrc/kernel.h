@@ -11,9 +11,9 @@ constexpr int kSub = 16;     // key tokens in a packed tile; a policy's tile is 
 
 // Keys of one kv head as integer codes, for selectors' scores.
 struct KeyCodes {
-  int8_t *codes;  // [sub][head_dim / 4][kSub][4]
-  int32_t *sums;  // [sub][kSub]: what shifting the rows' codes adds to the products
-  float *step;    // [sub]: the size of a code's unit; NaN where the keys are not finite
+  int8_t *codes;    // [sub][head_dim / 4][kSub][4]
+  int32_t *shifts;  // [sub][kSub]: to add to the products, since the rows' codes are shifted
+  float *step;      // [sub]: the size of a code's unit; NaN where the keys are not finite
 };
 
 // One kv head of one request: the unit whose keys are quantized together.

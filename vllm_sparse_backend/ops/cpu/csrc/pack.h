@@ -33,19 +33,21 @@ VSB_INLINE TileAddress<T> tile_address(const VsbProblem &p, const KvHead &kv, in
           smaller(kSub, kv.request->seq_len - first)};
 }
 
-// A tile's lines lie a page's row apart, which no hardware prefetcher follows for so short a run.
-template <class T>
-VSB_INLINE void prefetch_tile(const VsbProblem &p, const KvHead &kv, int32_t sub) {
+// Fetches some of a tile's cache lines, which lie a page's row apart, so that no hardware
+// prefetcher follows: from the `line`th on, up to `most`, into the cache of that level. Returns how
+// many there were to fetch; 0 once the tile is done, or where nothing needs to be fetched.
+template <class T, int Level>
+VSB_INLINE int prefetch_tile(const VsbProblem &p, const KvHead &kv, int32_t sub, int line,
+                             int most) {
+  if (p.layout != VSB_VEC) return 0;
   const TileAddress<T> at = tile_address<T>(p, kv, sub);
-  const int D = p.head_dim, N = p.page_size;
   constexpr int kLine = 64 / sizeof(T);
-  if (p.layout == VSB_VEC) {
-    for (int d = 0; d < D; d++)
-      for (int n = 0; n < kSub; n += kLine)
-        __builtin_prefetch(at.keys + (int64_t)d * N + at.n0 + n);
-    for (int i = 0; i < kSub * D; i += kLine)
-      __builtin_prefetch(at.values + (int64_t)at.n0 * D + i);
-  }
+  const int keys = p.head_dim, stop = smaller(line + most, keys + kSub * p.head_dim / kLine);
+  for (int i = line; i < smaller(stop, keys); i++)
+    __builtin_prefetch(at.keys + (int64_t)i * p.page_size + at.n0, 0, 4 - Level);
+  for (int i = larger(line, keys); i < stop; i++)
+    __builtin_prefetch(at.values + (int64_t)at.n0 * p.head_dim + (i - keys) * kLine, 0, 4 - Level);
+  return stop - line;
 }
 
 // Floats: a word is one channel (keys) or one key (values).

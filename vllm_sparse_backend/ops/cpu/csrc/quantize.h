@@ -39,20 +39,37 @@ VSB_INLINE vi to_codes(vf x, float inverse, float limit) {
   return round_to_int(max(min(x * inverse, splat(limit)), splat(-limit)));
 }
 
-// In double: the sums of 16-bit inputs are then exact, whatever the order.
+// The keys of a page summed, in double: of 16-bit inputs the sums are then exact, whatever the
+// order.
 template <class T>
 void sum_keys(const VsbProblem &p, const KvHead &kv, int32_t page) {
-  const int D = p.head_dim, subs = p.page_size / kSub;
+  typedef double vd __attribute__((vector_size(8 * VSB_LANES)));
+  const int D = p.head_dim, N = p.page_size;
+  const int valid = smaller(N, kv.request->seq_len - page * N);
   double *sums = kv.page_sums + (int64_t)page * D;
-  alignas(64) float keys[kMaxHeadDim * kSub];
+  auto add = [](const vd &sum, double *to) {
+    for (int i = 0; i < kLanes; i++) *to += sum[i];
+  };
   for (int d = 0; d < D; d++) sums[d] = 0;
-  for (int s = page * subs; s < (page + 1) * subs && s * kSub < kv.request->seq_len; s++) {
-    unpack_keys(tile_address<T>(p, kv, s), p, keys);
-    for (int d = 0; d < D; d++) {
-      double sum = 0;
-      for (int n = 0; n < kSub; n++) sum += keys[d * kSub + n];
-      sums[d] += sum;
+  if (p.layout == VSB_VEC) {  // a channel's keys lie side by side
+    const T *keys = tile_address<T>(p, kv, page * (N / kSub)).keys;
+    for (int d = 0; d < D; d++, keys += N) {
+      vd sum = {};
+      int n = 0;
+      for (; n + kLanes <= valid; n += kLanes) sum += __builtin_convertvector(load(keys + n), vd);
+      add(sum, sums + d);
+      if (n == valid) continue;
+      const vf last = load(keys + n);
+      for (int i = 0; n + i < valid; i++) sums[d] += last[i];
     }
+    return;
+  }
+  alignas(64) float keys[kMaxHeadDim * kSub];
+  for (int s = page * (N / kSub); s * kSub < page * N + valid; s++) {
+    unpack_keys(tile_address<T>(p, kv, s), p, keys);
+    for (int d = 0; d < D; d++)
+      for (int w = 0; w < kSub; w += kLanes)
+        add(__builtin_convertvector(load(keys + d * kSub + w), vd), sums + d);
   }
 }
 
@@ -74,7 +91,7 @@ VSB_INLINE void encode_keys(const float *keys, int head_dim, float bound, int su
       store_as(codes + d * kSub + w * 4, word);
     }
   for (int w = 0; w < kSub; w += kLanes)
-    store_as(out.sums + sub * kSub + w, sums[w / kLanes] * Codes<Bits>::kShift);
+    store_as(out.shifts + sub * kSub + w, sums[w / kLanes] * -Codes<Bits>::kShift);
   out.step[sub] = bound / Codes<Bits>::kKeyMax;
 }
 
@@ -82,6 +99,10 @@ template <class T>
 void quantize_keys(const VsbProblem &p, const KvHead &kv, int32_t page) {
   const int D = p.head_dim, subs = p.page_size / kSub;
   alignas(64) float keys[kMaxHeadDim * kSub];
+  // All of the page at once: tile by tile its lines come in an order that nothing foresees.
+  const char *first = (const char *)tile_address<T>(p, kv, page * subs).keys;
+  for (int64_t i = 0; i < (int64_t)p.page_size * D * (int64_t)sizeof(T); i += 64)
+    __builtin_prefetch(first + i);
   for (int s = page * subs; s < (page + 1) * subs && s * kSub < kv.request->seq_len; s++) {
     const TileAddress<T> at = tile_address<T>(p, kv, s);
     unpack_keys(at, p, keys);

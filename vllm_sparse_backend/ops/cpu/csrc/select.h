@@ -12,6 +12,14 @@ struct Window {
   int32_t sink, local, subs;
 };
 
+// What one head computes of a q block.
+struct Choice {
+  const VsbPolicy *policy;
+  Window window;
+  uint8_t *keep;    // [packed tiles]: of the next pass
+  ScoredRows rows;  // by which the tiles between sink and local window are judged
+};
+
 inline Window window_of(const VsbPolicy &policy, int32_t seq_len, int32_t a0, int32_t end) {
   const int32_t subs = ceil_div(end, kSub), per_tile = policy.tile / kSub;
   if (policy.selector == VSB_DENSE || (is_scored(policy) && policy.tau == 0) ||
@@ -60,8 +68,9 @@ inline float tau_of(const VsbPolicy &policy, int32_t first) {
   return (float)(policy.tau * __builtin_pow(context / 8192.0, policy.tau_slope));
 }
 
-// The rows a policy scores: those that are sampled, the first and the last there is of the q block,
-// and all of the step's tail.
+// Into choice.rows the rows that its policy scores: those that are sampled, the first and the last
+// there is of the q block, and all of the step's tail. Maxima and sums are those of sink and local
+// tiles, of base-2 scores.
 //
 //   log2(exp(s - m) / (tau l)) = product * step_q * step_k * base2 + q.mean * base2 - m2 - log2(tau
 //   l)
@@ -69,8 +78,10 @@ inline float tau_of(const VsbPolicy &policy, int32_t first) {
 // with base2 = scale * log2(e) and m2 = m * log2(e). A row that cannot be judged, because of a
 // NaN in its threshold, hits every tile.
 template <int Bits, class T>
-void encode_rows(const VsbProblem &p, const KvHead &kv, const VsbPolicy &policy,
-                 const Rows<T> &rows, const float *maxima, const float *sums, ScoredRows &out) {
+void encode_rows_in(const VsbProblem &p, const KvHead &kv, const Rows<T> &rows, const float *maxima,
+                    const float *sums, Choice &choice) {
+  const VsbPolicy &policy = *choice.policy;
+  ScoredRows &out = choice.rows;
   const int D = p.head_dim;
   const float base2 = p.scale * 1.44269504f, unit = 8388608.0f;  // 2^23
   const int32_t tail = kv.request->seq_len - policy.tail;
@@ -108,33 +119,87 @@ void encode_rows(const VsbProblem &p, const KvHead &kv, const VsbPolicy &policy,
   }
 }
 
+template <class T>
+void encode_rows(const VsbProblem &p, const KvHead &kv, const Rows<T> &rows, const float *maxima,
+                 const float *sums, Choice &choice) {
+  const int bits = choice.policy->bits;
+  auto encode = bits == 8   ? encode_rows_in<8, T>
+                : bits == 6 ? encode_rows_in<6, T>
+                            : encode_rows_in<4, T>;
+  encode(p, kv, rows, maxima, sums, choice);
+}
+
+constexpr int kHeadsAtOnce = 8;  // heads judged in one walk over the keys
+
+// Marks the tiles of `count` heads that judge by the same rule: SALE (any scored element with
+// exp(s - m) / l > tau) or MASS (any scored row's sum of them over the tile).
 template <int Bits, class Rule>
-void mark_tiles(const VsbProblem &p, const KeyCodes &keys, const VsbPolicy &policy,
-                const ScoredRows &rows, const Window &window, uint8_t *keep) {
-  const int per_tile = policy.tile / kSub;
-  for (int sub = window.sink; sub < window.local; sub += per_tile) {
-    const int subs = smaller(per_tile, window.local - sub);
-    bool hit = false;
-    for (int s = sub; s < sub + subs; s++) hit |= !(keys.step[s] * 0 == 0);
-    for (int group = 0; group < rows.groups && !hit; group++)
-      hit = group_hits<Bits, Rule>(rows, group, keys, p.head_dim, sub, subs);
-    if (hit) memset(keep + sub, 1, subs);
+void mark_tiles(const VsbProblem &p, const KvHead &kv, Choice *const *choices, int count) {
+  const KeyCodes &keys = kv.codes[Codes<Bits>::kIndex];
+  // The heads' first groups, then their second ones: two that are scored together are of two
+  // heads, where there are two, so that neither waits in vain for a hit of the other.
+  constexpr int kMost = kHeadsAtOnce * kQBlock / kRowGroup;
+  RowGroup groups[kMost];
+  int head_of[kMost], num_groups = 0;
+  int32_t sub = choices[0]->window.sink, stop = 0;
+  for (int i = 0; i < count; i++) {
+    sub = smaller(sub, choices[i]->window.sink);
+    stop = larger(stop, choices[i]->window.local);
+  }
+  for (int g = 0; g < kQBlock / kRowGroup; g++)
+    for (int i = 0; i < count; i++) {
+      const ScoredRows &rows = choices[i]->rows;
+      if (g >= rows.groups) continue;
+      head_of[num_groups] = i;
+      groups[num_groups++] = {rows.codes + g * kRowGroup * p.head_dim / 4,
+                              rows.scale + g * kRowGroup, rows.offset + g * kRowGroup};
+    }
+  const int per_tile = choices[0]->policy->tile / kSub;
+  for (; sub < stop; sub += per_tile) {
+    const int subs = smaller(per_tile, stop - sub);
+    unsigned hits = 0;  // a bit for each head
+    for (int s = sub; s < sub + subs; s++)
+      if (!(keys.step[s] * 0 == 0)) hits = ~0u;
+    for (int g = 0; g < num_groups; g += kGroupsAtOnce) {
+      const int others = num_groups - g > 1 ? kGroupsAtOnce - 1 : 0;
+      const unsigned first = 1u << head_of[g], last = 1u << head_of[g + others];
+      if (hits & first && hits & last) continue;
+      const unsigned hit =
+          others ? groups_hit<Bits, Rule, kGroupsAtOnce>(groups + g, keys, p.head_dim, sub, subs)
+                 : groups_hit<Bits, Rule, 1>(groups + g, keys, p.head_dim, sub, subs);
+      if (hit & 1) hits |= first;
+      if (hit & 2) hits |= last;
+    }
+    if (!hits) continue;
+    for (int i = 0; i < count; i++)
+      if (hits >> i & 1 && sub >= choices[i]->window.sink && sub < choices[i]->window.local)
+        memset(choices[i]->keep + sub, 1, subs);
   }
 }
 
-// SALE (any scored element with exp(s - m) / l > tau) or MASS (any scored row's sum of them over
-// the tile), m and l over sink and local tiles, here of base-2 scores. Sets keep[sub] in the
-// window's gap.
-template <int Bits, class T>
-void select_scored(const VsbProblem &p, const KvHead &kv, const VsbPolicy &policy,
-                   const Rows<T> &rows, const Window &window, const float *maxima,
-                   const float *sums, ScoredRows &scratch, uint8_t *keep) {
-  const KeyCodes &keys = kv.codes[Codes<Bits>::kIndex];
-  encode_rows<Bits>(p, kv, policy, rows, maxima, sums, scratch);
-  if (policy.selector == VSB_MASS)
-    mark_tiles<Bits, MassRule>(p, keys, policy, scratch, window, keep);
-  else
-    mark_tiles<Bits, PeakRule>(p, keys, policy, scratch, window, keep);
+// Sets `keep` in the gap between each head's sink and local window. Heads without rows to judge by
+// keep nothing there.
+inline void select_scored(const VsbProblem &p, const KvHead &kv, Choice *choices, int group) {
+  for (int g = 0; g < group; g++) {
+    if (choices[g].rows.groups == 0) continue;
+    const VsbPolicy &policy = *choices[g].policy;
+    Choice *alike[kHeadsAtOnce];
+    int count = 0;
+    for (int i = g; i < group && count < kHeadsAtOnce; i++) {
+      const VsbPolicy &other = *choices[i].policy;
+      if (choices[i].rows.groups && other.selector == policy.selector &&
+          other.bits == policy.bits && other.tile == policy.tile)
+        alike[count++] = choices + i;
+    }
+    auto mark = policy.selector == VSB_MASS ? (policy.bits == 8   ? mark_tiles<8, MassRule>
+                                               : policy.bits == 6 ? mark_tiles<6, MassRule>
+                                                                  : mark_tiles<4, MassRule>)
+                                            : (policy.bits == 8   ? mark_tiles<8, PeakRule>
+                                               : policy.bits == 6 ? mark_tiles<6, PeakRule>
+                                                                  : mark_tiles<4, PeakRule>);
+    mark(p, kv, alike, count);
+    for (int i = 0; i < count; i++) alike[i]->rows.groups = 0;
+  }
 }
 
 }  // namespace VSB_ISA_NAME

@@ -54,6 +54,7 @@ VSB_INLINE vf max(vf a, vf b) { return a > b ? a : b; }
 VSB_INLINE vf min(vf a, vf b) { return a < b ? a : b; }
 VSB_INLINE vi max(vi a, vi b) { return a > b ? a : b; }
 #endif
+VSB_INLINE float abs(float a) { return __builtin_fabsf(a); }
 VSB_INLINE vf abs(vf a) { return (vf)((vi)a & 0x7fffffff); }
 
 // Lane i of the result is lane i ^ D of v.
@@ -139,14 +140,13 @@ VSB_INLINE void store(fp16 *p, vf v) {
 VSB_INLINE vi round_to_int(vf x) {
   return (vi)(x + splat(12582912.0f)) - 0x4b400000;  // 1.5 * 2^23 and its bits
 }
-// 2^x for x <= 0; 0 below 2^-126, NaN for NaN. Relative error 3e-6 (Exact: 1e-7):
+// 2^x for x < 127; 0 below 2^-126, NaN for NaN. Relative error 3e-6 (Exact: 1e-7):
 // polynomials of degree 4 and 5, minimax in relative error on [-0.5, 0.5].
 template <bool Exact>
-VSB_INLINE vf exp2_nonpositive(vf x) {
+VSB_INLINE vf exp2(vf x) {
   // 1.5 * 2^23 rounds x to an integer; 127 more and its bits end in the exponent of 2^x.
   const vf magic = splat(12583039.0f);
-  vf shifted = x + magic;
-  vf f = x - (shifted - magic);
+  const vf shifted = x + magic, whole = shifted - magic, f = x - whole;
   vf p;
   if (Exact) {
     p = splat(1.327647129e-3f) * f + 9.675541893e-3f;
@@ -160,9 +160,14 @@ VSB_INLINE vf exp2_nonpositive(vf x) {
     p = p * f + 6.931217909e-1f;
     p = p * f + 9.999992847e-1f;
   }
+#if defined(__AVX512F__) && VSB_LANES == 16
+  const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126), _CMP_NLT_UQ);
+  return (vf)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)whole);
+#else
   // A product, since adding to p's exponent would make a number of some NaNs.
-  vf r = p * (vf)((vi)shifted << 23);
+  const vf r = p * (vf)((vi)shifted << 23);
   return (vf)(~(x < -126.0f) & (vi)r);
+#endif
 }
 
 // acc[i] += a[2i] b[2i] + a[2i+1] b[2i+1], pairs of bf16 in each 32-bit lane.
