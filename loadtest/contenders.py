@@ -33,6 +33,8 @@ class Ours:
             PolicyTable([policy] * heads),
         )
         self._how: Any = {"impl": impl, "kv_layout": KV_LAYOUTS[impl]}
+        if impl == "cpu" and layer.prompt_len is not None:
+            self._how["prompt_lens"] = torch.tensor([layer.prompt_len], dtype=torch.int32)
         self._out = torch.empty_like(layer.q)
         self.stats: list[AttentionStats] = []  # of every run
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -47,10 +47,11 @@ class Layer:
     k: torch.Tensor  # [n, Hkv, D]
     v: torch.Tensor  # [n, Hkv, D]
     needles: torch.Tensor | None = None  # int64 [N, 3]: row, q head, key; None: not known
+    prompt_len: int | None = None  # of the prompt of which this is a part; None: it is whole
 
     def to(self, to: torch.dtype | torch.device) -> Layer:
         """The same in another dtype, or elsewhere; the needles stay where they are."""
-        return Layer(self.q.to(to), self.k.to(to), self.v.to(to), self.needles)
+        return replace(self, q=self.q.to(to), k=self.k.to(to), v=self.v.to(to))
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Step:
             inside = (needles[:, 0] >= self.start) & (needles[:, 0] < self.end)
             needles = needles[inside] - torch.tensor([self.start, 0, 0])
         rows = slice(self.start, self.end)
-        return Layer(layer.q[rows], layer.k[: self.end], layer.v[: self.end], needles)
+        return Layer(layer.q[rows], layer.k[: self.end], layer.v[: self.end], needles, len(layer.k))
 
 
 @dataclass(frozen=True)

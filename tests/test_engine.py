@@ -16,6 +16,7 @@ pytestmark = needs_core
 SMALL = {"min_prompt_tokens": 512}
 KEEP_ALL = [{"selector": "sale", "tau": 0.0}, {"selector": "dense"}]
 SPARSE = {**SMALL, "policy": {"selector": "sale", "tau": 0.02, "sink": 16, "local": 64}}
+LOOSE = {"selector": "sale", "tau": 0.08, "sink": 16, "local": 64}
 WINDOW = {**SMALL, "policy": {"selector": "static", "sink": 16, "local": 64}}
 BUDGET = 0.005  # nats per token of a prompt
 LONG = [token_ids(seed, length) for seed, length in enumerate((3000, 1200, 700))]
@@ -49,6 +50,15 @@ def results(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
         },
         "window": Scenario(model, [LONG], config=WINDOW, engine=FLOAT, prompt_logprobs=True),
         "dense logprobs": Scenario(model, [LONG], "CPU_ATTN", engine=FLOAT, prompt_logprobs=True),
+        **{
+            f"tail {tail}, stride {stride}": Scenario(
+                model,
+                [LONG[:1]],
+                config={**SMALL, "policy": {**LOOSE, "tail": tail, "row_stride": stride}},
+                engine={**FLOAT, "max_num_batched_tokens": 1000},
+            )
+            for tail, stride in ((0, 8), (1000, 8), (0, 1))
+        },
         "prefix cache": Scenario(
             model, twice, config=SPARSE, engine={**FLOAT, "enable_prefix_caching": True}
         ),
@@ -119,6 +129,15 @@ def test_chunks_of_any_size_are_inside_one_budget(results: dict[str, Result], si
         # A q block that a chunk's edge cuts has fewer rows to keep a tile for, hence not equal.
         assert _error(one, other) < BUDGET
         assert _error(one, alone) > BUDGET  # of sink and window without any selection
+
+
+def test_the_tail_is_that_of_the_prompt_and_not_of_each_chunk(results: dict[str, Result]) -> None:
+    none, last, every = (
+        results[name].tiles["computed"]
+        for name in ("tail 0, stride 8", "tail 1000, stride 8", "tail 0, stride 1")
+    )
+    # A third of the rows, and those that see most.
+    assert 0.3 < (last - none) / (every - none) < 0.7
 
 
 def test_the_prefix_cache_changes_nothing_but_the_work(results: dict[str, Result]) -> None:

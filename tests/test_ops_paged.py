@@ -243,6 +243,9 @@ WRONG = {
     ),
     "kv_layout: want one of .* got 'neon'": change(kv_layout="neon"),
     "seq_lens: want .*int32 .*int64": change(seq_lens=lambda t: t.long()),
+    r"prompt_lens: want \[1\] torch.int32 .*got \[2\]": change(
+        prompt_lens=torch.zeros(2, dtype=torch.int32)
+    ),
     r"query_start_loc: want \[2\] .*got \[1\]": change(query_start_loc=lambda t: t[:1]),
     "query_start_loc: want it to ascend within the 130 rows": change(
         query_start_loc=lambda t: t + 5

@@ -211,6 +211,28 @@ def test_every_row_of_the_tail_is_scored(impl: str) -> None:
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_the_tail_of_a_chunk_is_what_it_has_of_the_prompts(impl: str) -> None:
+    paged = make_paged([make_qkv(13, 150, 700), make_qkv(14, 200, 400)])
+    policies = [
+        selector(sink=16, local=16, tau=0.05, row_stride=8, tail=tail)
+        for selector in (Sale, Mass)
+        for tail in (128, 128 - 56, 0)
+    ]
+    tails = [
+        [select_tiles(*paged.tensors, policy, request=r, impl=impl).tiles for policy in policies]
+        for r in range(2)
+    ]
+    for ahead, same_as in ((0, 0), (56, 1), (128, 2), (9000, 2)):
+        prompts = torch.tensor([700 + ahead, 400 + ahead], dtype=torch.int32)
+        for r, place in itertools.product(range(2), (0, 3)):
+            chunk = select_tiles(
+                *paged.tensors, policies[place], request=r, prompt_lens=prompts, impl=impl
+            )
+            assert chunk.tiles.tolist() == tails[r][place + same_as].tolist()
+            assert len(tails[r][place]) > len(tails[r][place + 1]) > len(tails[r][place + 2])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_policies_are_followed_from_their_context_on(impl: str) -> None:
     rows: list[AnyPolicy] = [
         Static(sink=16, local=16),

@@ -19,6 +19,7 @@ from vllm_sparse_backend.errors import SparsePrefillError
 from vllm_sparse_backend.profile import ModelFacts, architecture_digest
 
 if TYPE_CHECKING:
+    import torch
     from vllm.config import ModelConfig, VllmConfig
 
 SUPPORTED = ">=0.32,<0.34"
@@ -229,6 +230,41 @@ def model_facts(model: ModelConfig) -> ModelFacts:
         vocab_size=model.get_vocab_size(),
     )
     return facts.model_copy(update={"digest": digest})
+
+
+_prompts: torch.Tensor | None = None  # of the batch that model runner V1 builds metadata for
+
+
+def watch_prompts() -> None:
+    """Have model runner V1 tell `prompt_lens` of its batches, once.
+
+    vLLM tells attention how much of a prompt there is so far, and not how long it is.
+    """
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    build = GPUModelRunner._build_attention_metadata
+    if hasattr(build, _WRAPPED):
+        return
+
+    @functools.wraps(build)
+    def build_attention_metadata(self: Any, *arguments: Any, **named: Any) -> Any:
+        global _prompts  # noqa: PLW0603
+        _prompts = self.input_batch.num_prompt_tokens_cpu_tensor
+        try:
+            return build(self, *arguments, **named)
+        finally:
+            _prompts = None
+
+    setattr(build_attention_metadata, _WRAPPED, True)
+    GPUModelRunner._build_attention_metadata = build_attention_metadata
+
+
+def prompt_lens(num_reqs: int) -> torch.Tensor | None:
+    """The lengths of the prompts of the batch that metadata is being built for, int32 [R].
+
+    None where nobody tells: under model runner V2, or for another batch than the runner's.
+    """
+    return None if _prompts is None else _prompts[:num_reqs].clone()
 
 
 def layer_index(name: str) -> int:

@@ -95,6 +95,7 @@ class SparsePrefillCPUImpl(CPUAttentionBackendImpl):
             policies,
             scale=self.scale,
             requests=mixed.plan.core,
+            prompt_lens=mixed.prompt_lens,
             kv_layout=layer.isa,
             out=output,
         )

@@ -92,6 +92,7 @@ def paged_sparse_attention(
     *,
     scale: float | None = None,
     requests: Sequence[int] | None = None,
+    prompt_lens: torch.Tensor | None = None,
     kv_layout: str = "vec",
     out: torch.Tensor | None = None,
     impl: str = "auto",
@@ -104,8 +105,10 @@ def paged_sparse_attention(
     ``block_table[r, p // N]`` (int32 [R, max_blocks]). ``kv_layout`` ("vec", "vec16",
     "amx", or "strided" on a GPU) says how a block lies in memory; see ``ops.layout``.
     ``requests``: which of them to compute, all unless given; other requests' rows of ``out``
-    stay as they are (zero where ``out`` is not given). ``out`` [T, Hq, D] must not overlap the
-    inputs.
+    stay as they are (zero where ``out`` is not given). ``prompt_lens`` (int32 [R]): the lengths of
+    the prompts of which these may be chunks, from whose ends policies' ``tail`` counts;
+    ``seq_lens`` unless given; not for impl "triton", to which every chunk has a tail. ``out``
+    [T, Hq, D] must not overlap the inputs.
 
     The rest, returns and errors: as ``sparse_attention``.
     """
@@ -113,6 +116,7 @@ def paged_sparse_attention(
     table, scale, batch = _check_paged(
         q, kv_cache, block_table, query_start_loc, seq_lens, policies, scale, requests, kv_layout
     )
+    prompts = checks.check_prompts(prompt_lens, batch, q.device, impl)
     if impl != "reference":
         checks.check_impl_layout(q, kv_layout, impl)
     if out is None:
@@ -124,7 +128,7 @@ def paged_sparse_attention(
         for r in batch.requests:
             rows = slice(batch.starts[r], batch.starts[r + 1])
             k, v = layout.unpack(kv_cache, block_table[r], batch.seq_lens[r], kv_layout)
-            parts.append(_reference_into(out[rows], q[rows], k, v, table, scale))
+            parts.append(_reference_into(out[rows], q[rows], k, v, table, scale, prompts[r]))
         return out, _total(parts, q.shape[1])
     if impl == "triton":
         return out, _triton_into(out, q, kv_cache, block_table, batch, table, scale)
@@ -143,6 +147,7 @@ def paged_sparse_attention(
         kv_layout,
         out,
         None,
+        prompt_lens=prompt_lens,
     )
     return out, AttentionStats(*counted)
 
@@ -157,6 +162,7 @@ def select_tiles(
     *,
     request: int = 0,
     scale: float | None = None,
+    prompt_lens: torch.Tensor | None = None,
     kv_layout: str = "vec",
     impl: str = "auto",
 ) -> TileList:
@@ -171,9 +177,10 @@ def select_tiles(
     seq_len = batch.seq_lens[request]
     rows = slice(batch.starts[request], batch.starts[request + 1])
     query_len = rows.stop - rows.start
+    prompts = checks.check_prompts(prompt_lens, batch, q.device, impl)
     if impl == "reference":
         k, _ = layout.unpack(kv_cache, block_table[request], seq_len, kv_layout)
-        return reference.select(q[rows], k, table.followed(seq_len), scale)
+        return reference.select(q[rows], k, table.followed(seq_len), scale, prompts[request])
     checks.check_impl_layout(q, kv_layout, impl)
     if impl == "triton":
         from vllm_sparse_backend.ops import triton
@@ -200,6 +207,7 @@ def select_tiles(
         kv_layout,
         q.new_empty(q.shape),
         subtiles,
+        prompt_lens=prompt_lens,
     )
     return TileList.from_subtiles(subtiles, table.tile_sizes, query_len, seq_len)
 
@@ -283,10 +291,11 @@ def _reference_into(
     v: torch.Tensor,
     table: PolicyTable,
     scale: float,
+    prompt_len: int | None = None,
 ) -> AttentionStats:
     """One request through the reference, timed."""
     begin = time.perf_counter()
-    tiles = reference.select(q, k, table.followed(len(k)), scale)
+    tiles = reference.select(q, k, table.followed(len(k)), scale, prompt_len)
     middle = time.perf_counter()
     out.copy_(reference.attend(q, k, v, tiles, scale))
     return AttentionStats(

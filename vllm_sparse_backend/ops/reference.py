@@ -15,20 +15,29 @@ from vllm_sparse_backend.selection import AnyPolicy, Mass, Sale, Static, mass, s
 
 
 def select(
-    q: torch.Tensor, k: torch.Tensor, policies: Sequence[AnyPolicy], scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    policies: Sequence[AnyPolicy],
+    scale: float,
+    prompt_len: int | None = None,
 ) -> TileList:
     """The tiles each head computes. ``q`` [T, Hq, D] are the last T positions of ``k`` [S, Hkv, D].
 
-    One policy per q head; q head h reads kv head ``h // (Hq // Hkv)``.
+    One policy per q head; q head h reads kv head ``h // (Hq // Hkv)``. ``prompt_len``: of the
+    prompt of which this may be a chunk; S unless given.
     """
     blocks = q_blocks(q.shape[0], k.shape[0])
     group = q.shape[1] // k.shape[1]
     keep = []
     for head, policy in enumerate(policies):
         if isinstance(policy, Sale):
-            keep.append(sale.keep(policy, q[:, head], k[:, head // group], scale, blocks))
+            keep.append(
+                sale.keep(policy, q[:, head], k[:, head // group], scale, blocks, prompt_len)
+            )
         elif isinstance(policy, Mass):
-            keep.append(mass.keep(policy, q[:, head], k[:, head // group], scale, blocks))
+            keep.append(
+                mass.keep(policy, q[:, head], k[:, head // group], scale, blocks, prompt_len)
+            )
         elif isinstance(policy, Static):
             keep.append(static.keep(policy, blocks))
         else:

@@ -61,18 +61,18 @@ def quantize_keys(k: torch.Tensor, bits: int) -> tuple[Quantized, torch.Tensor]:
     return quantize(k.float() - mean, KEY_CODES[bits], KEY_GROUP), mean
 
 
-def scored_rows(policy: Sale | Mass, first: int, end: int, seq_len: int) -> torch.Tensor:
+def scored_rows(policy: Sale | Mass, first: int, end: int, prompt_len: int) -> torch.Tensor:
     """The positions of a q block's scored rows, of those from ``first`` to ``end``.
 
     ``64 / row_stride`` of a whole block, spread evenly, its first and last among them: of a
     question of a few tokens more than the stride some row is then scored in each q block that it
-    touches. Of what is there of a block, the first and the last; and all that are among the step's
-    ``tail`` last.
+    touches. Of what is there of a block, the first and the last; and all from the prompt's ``tail``
+    last on.
     """
     position = torch.arange(first, end)
     place, count = position % Q_BLOCK, Q_BLOCK // policy.row_stride
     sampled = [(i * (Q_BLOCK - 1) + (count - 1) // 2) // (count - 1) for i in range(count)]
-    scored = torch.isin(place, torch.tensor(sampled)) | (position >= seq_len - policy.tail)
+    scored = torch.isin(place, torch.tensor(sampled)) | (position >= prompt_len - policy.tail)
     scored[0] = scored[-1] = True
     return position[scored]
 
@@ -83,10 +83,12 @@ def estimates(
     k: torch.Tensor,
     scale: float,
     blocks: Sequence[tuple[int, int, int]],
+    prompt_len: int | None = None,
 ) -> Iterator[Block]:
     """Each q block's estimates. One head of one request: ``q`` [T, D] are the last T of the
     positions of ``k`` [S, D]; ``blocks`` are its q blocks, ``(start, first, end)`` with the
-    aligned position, the first present row and one past the last.
+    aligned position, the first present row and one past the last. ``prompt_len``: of the prompt
+    of which this may be a chunk; S unless given.
 
     Where an input was not finite ``excess`` may be NaN; the integers and their steps are
     exact, given IEEE arithmetic.
@@ -94,7 +96,7 @@ def estimates(
     offset = k.shape[0] - q.shape[0]
     keys, mean = quantize_keys(k, policy.bits)
     for start, first, end in blocks:
-        position = scored_rows(policy, first, end, k.shape[0])
+        position = scored_rows(policy, first, end, k.shape[0] if prompt_len is None else prompt_len)
         row = q[position - offset].float()  # [R, D]
         always = always_kept(policy, start, end)  # [tiles]
         always_key = always.repeat_interleave(policy.tile)[:end]

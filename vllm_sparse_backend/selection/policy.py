@@ -70,9 +70,13 @@ class _Scored(_Windowed):
         "included; the paper of SALE scores every row",
     )
     # A question stands at the end of its prompt, and a row of it that is not scored may be the
-    # one that looks for the answer. Which step is a prompt's last is not known to a kernel.
+    # one that looks for the answer.
     tail: int = Field(
-        default=128, ge=0, le=1 << 20, description="last query tokens of a step, all scored"
+        default=128,
+        ge=0,
+        le=1 << 20,
+        description="last tokens of a prompt, all scored; where its length is not known (on GPUs), "
+        "of every step",
     )
 
     def tau_at(self, context: int) -> float:

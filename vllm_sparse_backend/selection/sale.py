@@ -19,6 +19,7 @@ def margins(
     k: torch.Tensor,
     scale: float,
     blocks: Sequence[tuple[int, int, int]],
+    prompt_len: int | None = None,
 ) -> list[torch.Tensor]:
     """By how much each tile's best score estimate exceeds its row's threshold, in nats.
 
@@ -29,7 +30,7 @@ def margins(
     implementation, because m and l are sums whose order is free.
     """
     result = []
-    for excess, always in estimates(policy, q, k, scale, blocks):
+    for excess, always in estimates(policy, q, k, scale, blocks, prompt_len):
         best = by_tile(excess, policy.tile, -torch.inf).amax((0, 2))
         result.append(best.masked_fill(always | (policy.tau == 0), torch.inf))
     return result
@@ -41,10 +42,11 @@ def keep(
     k: torch.Tensor,
     scale: float,
     blocks: Sequence[tuple[int, int, int]],
+    prompt_len: int | None = None,
 ) -> list[torch.Tensor]:
     """The kept tiles of each q block, bool [causal tiles] each; arguments as ``margins``.
 
     Written as "not at most 0", so that NaN keeps a tile: with inputs that are not finite
     nothing is known about it.
     """
-    return [~(margin <= 0) for margin in margins(policy, q, k, scale, blocks)]
+    return [~(margin <= 0) for margin in margins(policy, q, k, scale, blocks, prompt_len)]

@@ -25,7 +25,7 @@ HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
 KV_LAYOUTS = ("vec", "vec16", "amx")
 DTYPES = ("bfloat16", "float16", "float32")
 
-_ABI = 5
+_ABI = 6
 _LAYOUT = {"vec": 0, "vec16": 0, "amx": 1}
 _DTYPE = {name: i for i, name in enumerate(DTYPES)}
 _LIST = 3  # the selector that takes its tiles from the caller
@@ -57,6 +57,7 @@ class _Request(ctypes.Structure):
         ("first_row", ctypes.c_int64),
         ("query_len", ctypes.c_int32),
         ("seq_len", ctypes.c_int32),
+        ("prompt_len", ctypes.c_int32),
     )
 
 
@@ -216,6 +217,7 @@ def forward(
     out: torch.Tensor,
     tiles_out: torch.Tensor | None,
     tiles_in: TileList | None = None,
+    prompt_lens: torch.Tensor | None = None,
 ) -> tuple[list[int], list[int], float, float, float]:
     """Attention of the given requests into ``out``; shapes as in ``paged_sparse_attention``.
 
@@ -226,12 +228,14 @@ def forward(
     """
     num_heads = q.shape[1]
     starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
+    prompts = lengths if prompt_lens is None else prompt_lens.tolist()
     native_requests = (_Request * len(requests))()
     for native, r in zip(native_requests, requests, strict=True):
         native.pages = block_table.data_ptr() + 4 * r * block_table.stride(0)
         native.first_row = starts[r]
         native.query_len = starts[r + 1] - starts[r]
         native.seq_len = lengths[r]
+        native.prompt_len = prompts[r]
     computed, causal = (ctypes.c_int64 * num_heads)(), (ctypes.c_int64 * num_heads)()
     pack, select, attend = (ctypes.c_double(0) for _ in range(3))
     problem = _Problem(

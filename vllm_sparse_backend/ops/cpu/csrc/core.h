@@ -34,6 +34,7 @@ struct VsbRequest {
   const int32_t *pages;  // block table row
   int64_t first_row;     // its first query row in q and out
   int32_t query_len, seq_len;
+  int32_t prompt_len;  // of which the step may be a chunk: policies' tails count from its end
 };
 
 struct VsbProblem {

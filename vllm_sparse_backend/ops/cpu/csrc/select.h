@@ -69,7 +69,7 @@ inline float tau_of(const VsbPolicy &policy, int32_t first) {
 }
 
 // Into choice.rows the rows that its policy scores: those that are sampled, the first and the last
-// there is of the q block, and all of the step's tail. Maxima and sums are those of sink and local
+// there is of the q block, and all of the prompt's tail. Maxima and sums are those of sink and local
 // tiles, of base-2 scores.
 //
 //   log2(exp(s - m) / (tau l)) = product * step_q * step_k * base2 + q.mean * base2 - m2 - log2(tau
@@ -84,7 +84,7 @@ void encode_rows_in(const VsbProblem &p, const KvHead &kv, const Rows<T> &rows, 
   ScoredRows &out = choice.rows;
   const int D = p.head_dim;
   const float base2 = p.scale * 1.44269504f, unit = 8388608.0f;  // 2^23
-  const int32_t tail = kv.request->seq_len - policy.tail;
+  const int32_t tail = kv.request->prompt_len - policy.tail;
   const float tau = tau_of(policy, rows.first);
   int scored = 0;
   for (int r = 0; r < rows.count; r++) {
