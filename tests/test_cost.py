@@ -70,11 +70,16 @@ def test_what_selection_costs_follows_from_what_is_scored(isa: str) -> None:
     ):
         assert seconds(less) <= seconds(more)
         assert seconds(less) < seconds(more) or less.bits != more.bits
-    # In steps, as a prompt is really read: the same blocks, and a tail for each step.
+    # In steps, as a prompt is really read: the same blocks, and one tail where that is known.
     untailed = Mass(tail=0)
     steps = sum(seconds(untailed, 2048, end) for end in range(2048, 8193, 2048))
     assert steps == pytest.approx(seconds(untailed))
     assert sum(seconds(policy, 2048, end) for end in range(2048, 8193, 2048)) > seconds(policy)
+    known = sum(
+        cost.selection_seconds(isa, policy, 2048, end, 4, 64, 8192)
+        for end in range(2048, 8193, 2048)
+    )
+    assert known == pytest.approx(seconds(policy))
 
 
 def test_selection_at_a_length_worked_out_by_hand() -> None:

@@ -54,7 +54,7 @@ def test_dense_attention_is_the_cost_model_s_whatever_the_chunks() -> None:
     assert row.sparse == pytest.approx(row.keep_all)
     assert row.density == 1.0
     calls = 4 * 32 * cost.RATES["avx512_bf16"].call_seconds
-    assert row.keep_all - calls == pytest.approx(whole * 160 / 300)
+    assert row.keep_all - calls == pytest.approx(whole * 200 / 400)
 
 
 def test_sparse_attention_is_selection_and_what_is_kept() -> None:
@@ -83,14 +83,14 @@ def test_dense_layers_and_windows_count_as_cpu_attn() -> None:
     assert windowed.sparse < row.sparse
     # What each row of a window sees, added up.
     pairs = sum(min(at, 512) for at in range(1, 16385))
-    saved = 16 * 4 * 32 * 128 * (16384 * 16385 / 2 - pairs) / 160 * 1e-9
+    saved = 16 * 4 * 32 * 128 * (16384 * 16385 / 2 - pairs) / 200 * 1e-9
     assert row.base - windowed.base == pytest.approx(saved)
 
 
 def test_threads_share_and_matrix_products_are_the_rest() -> None:
     one, eight = predict(subject(), 8192), predict(subject(threads=8), 8192)
     assert eight.sparse == pytest.approx(one.sparse / 8)
-    assert one.rest == pytest.approx(2 * 7e9 * 8192 / 330e9)
+    assert one.rest == pytest.approx(2 * 7e9 * 8192 / 440e9)
     assert one.dense_ttft == one.base + one.rest
     assert one.dense_share == pytest.approx(one.base / one.dense_ttft)
     assert one.sparse_share < one.dense_share < predict(subject(), 65536).dense_share

@@ -118,7 +118,7 @@ def predict(subject: Subject, length: int) -> Row:
             sparse += dense + min(of_core, of_base)
             kept += pairs
             continue
-        followed, density = _follow(subject, begin, end)
+        followed, density = _follow(subject, begin, end, length)
         sparse += dense + followed + layers * cost.RATES[isa].call_seconds
         kept += density * pairs
     return Row(
@@ -143,7 +143,7 @@ def _base_seconds(subject: Subject, begin: int, end: int, window: int | None) ->
     return until(end) - until(begin)
 
 
-def _follow(subject: Subject, begin: int, end: int) -> tuple[float, float]:
+def _follow(subject: Subject, begin: int, end: int, prompt: int) -> tuple[float, float]:
     """Seconds of one step of all heads that can be sparse, and the mean density."""
     seconds = kept = 0.0
     dim, isa = subject.facts.head_dim, subject.isa
@@ -162,7 +162,7 @@ def _follow(subject: Subject, begin: int, end: int) -> tuple[float, float]:
         )  # fmt: skip
         density = min(1.0, max(0.0, density))
         seconds += cost.sparse_seconds(
-            isa, policy if follows else Dense(), end - begin, end, heads, dim, density
+            isa, policy if follows else Dense(), end - begin, end, heads, dim, density, prompt
         )
         kept += heads * density
     return seconds, kept / max(1, sum(subject.policies.values()))

@@ -3,7 +3,8 @@
 Rates are shipped and not taken at start, so that two starts of a server decide alike: what is
 decided here is whether a prompt is approximated. Only their ratios matter, which differ less
 between machines with the same instruction set than the rates do. ``loadtest/kernels.py`` measures
-them; those of ``avx512`` and ``avx512_vnni`` are scaled from the others by their peaks.
+them (``--isa`` forces one): the AVX-512 ones here on a Zen 5, those of AVX2 on a machine that has
+no more.
 
 The matrix products' rates decide nothing; `vllm-sparse estimate` tells by them what attention's
 share of a prefill is.
@@ -38,14 +39,14 @@ class Rates:
 
 
 # Without BF16 instructions, AVX-512 is taken to convert at about the cost of the products.
-_MATMUL_512 = {"float32": 170, "bfloat16": 85, "float16": 85}
+_MATMUL_512 = {"float32": 230, "bfloat16": 115, "float16": 115}
 RATES = {
     "avx512_bf16": Rates(
-        attend=300, base=160, score=450, score_8=450,
-        matmul={"float32": 170, "bfloat16": 330, "float16": 170},
+        attend=400, base=200, score=900, score_8=900,
+        matmul={"float32": 230, "bfloat16": 440, "float16": 230},
     ),
-    "avx512_vnni": Rates(attend=175, base=160, score=450, score_8=450, matmul=_MATMUL_512),
-    "avx512": Rates(attend=175, base=160, score=400, score_8=200, matmul=_MATMUL_512),
+    "avx512_vnni": Rates(attend=225, base=200, score=900, score_8=900, matmul=_MATMUL_512),
+    "avx512": Rates(attend=225, base=200, score=700, score_8=400, matmul=_MATMUL_512),
     "avx2": Rates(
         attend=70, base=32, score=180, score_8=90,
         matmul={"float32": 72, "bfloat16": 8.7, "float16": 8.7},
@@ -68,11 +69,17 @@ def base_seconds(isa: str, rows: int, context: int, heads: int, head_dim: int) -
 
 
 def selection_seconds(
-    isa: str, policy: AnyPolicy, rows: int, context: int, heads: int, head_dim: int
+    isa: str,
+    policy: AnyPolicy,
+    rows: int,
+    context: int,
+    heads: int,
+    head_dim: int,
+    prompt: int | None = None,
 ) -> float:
     """Of choosing the tiles of ``heads`` heads with this policy, in a step of the last ``rows`` of
-    ``context`` tokens. 0 where nothing is scored: for `dense`, for `static`, and at a threshold
-    of 0.
+    ``context`` tokens of a ``prompt`` (of ``context``, unless given), at whose end the policy's
+    tail is. 0 where nothing is scored: for `dense`, for `static`, and at a threshold of 0.
     """
     if isinstance(policy, Dense | Static) or keeps_all(policy):
         return 0.0
@@ -81,7 +88,8 @@ def selection_seconds(
     scored = range(max(first, window // Q_BLOCK * Q_BLOCK + Q_BLOCK), end, Q_BLOCK)
     keys = sum(scored) - len(scored) * window  # beyond sink and window, summed over q blocks
     sampled = keys * Q_BLOCK / policy.row_stride
-    tail = min(policy.tail, rows) * (1 - 1 / policy.row_stride) * max(0, end - window - Q_BLOCK)
+    tail_rows = max(0, min(rows, policy.tail - (context if prompt is None else prompt) + context))
+    tail = tail_rows * (1 - 1 / policy.row_stride) * max(0, end - window - Q_BLOCK)
     rates = RATES[isa]
     rate = rates.score_8 if policy.bits == 8 else rates.score
     of_a_head = 2 * head_dim * (sampled + tail) / rate * 1e-9 + len(scored) * rates.block_seconds
@@ -96,14 +104,16 @@ def sparse_seconds(
     heads: int,
     head_dim: int,
     density: float,
+    prompt: int | None = None,
 ) -> float:
     """Of ``heads`` heads with this policy that keep ``density`` of their tiles: selection, and
-    attention over what is kept.
+    attention over what is kept. Arguments as those of `selection_seconds`.
 
     Without `Rates.call_seconds`, which all heads of a layer share and `attend_seconds` counts.
     """
     attend = _operations(rows, context, heads, head_dim) / RATES[isa].attend * 1e-9
-    return density * attend + selection_seconds(isa, policy, rows, context, heads, head_dim)
+    select = selection_seconds(isa, policy, rows, context, heads, head_dim, prompt)
+    return density * attend + select
 
 
 def matmul_seconds(isa: str, dtype: str, tokens: int, parameters: float) -> float:
