@@ -20,6 +20,7 @@ from _attention import (
     needs_core,
     run,
 )
+from _tiles import assert_same_tiles
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -162,12 +163,24 @@ def test_lengths_about_every_edge(length: int, dtype: torch.dtype) -> None:
     assert_dense(paged, batch, run(paged, KEEP_ALL * 3, "cpu")[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_q_blocks_that_go_in_pairs(isa: str, dtype: torch.dtype) -> None:
+    # Those of 1024 rows or more of at least 8192 tokens; 18 here, the first and last in part.
+    qkv = make_qkv(8, 1100, 8303, heads=4, kv_heads=1, dtype=dtype)
+    paged = make_paged([qkv])
+    tiles, other = (select_tiles(*paged.tensors, MIXED, impl=impl) for impl in ("cpu", "reference"))
+    assert_same_tiles(tiles, other, qkv, MIXED, 64**-0.5)
+    out, stats = run(paged, MIXED, "cpu")
+    assert (stats.tiles_computed, stats.tiles_causal) == (tiles.computed, tiles.causal)
+    assert_accurate(out, qkv, element_mask(tiles))
+
+
 THREADS = (1, 2, 5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_number_of_threads_changes_nothing(dtype: torch.dtype) -> None:
-    batch = ragged(7, [(300, 500), (64, 64), (130, 200)], heads=8, dtype=dtype)
+    batch = ragged(7, [(300, 500), (64, 64), (1100, 8250), (130, 200)], heads=8, dtype=dtype)
     paged = make_paged(batch)
     before = torch.get_num_threads()
     omp = ctypes.CDLL("libgomp.so.1")  # torch's: the core shares its pool

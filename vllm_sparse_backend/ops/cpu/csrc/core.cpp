@@ -126,9 +126,13 @@ KvHead lay_out(const VsbProblem &p, const VsbRequest &request, int32_t head, Mem
 }
 
 struct Item {
-  int32_t kv, index;  // which of the wave's kv heads; page or q block
+  int32_t kv, index, count;  // which of the wave's kv heads; page, or q blocks from there on
   double cost;
 };
+
+// From so many query rows of so long a context on, q blocks go in pairs: before, there may be too
+// few items for many threads. By the shape alone, so that no result depends on the threads.
+constexpr int32_t kPairedRows = 1024, kPairedContext = 8192;
 
 struct Wave {
   std::vector<KvHead> heads;
@@ -150,9 +154,13 @@ void plan_wave(const VsbProblem &p, Wave &wave) {
     const VsbRequest &r = *kv.request;
     if (kv.mean)
       for (int32_t page = 0; page * p.page_size < r.seq_len; page++)
-        wave.pages.push_back({i, page, 0});
-    for (int32_t b = (r.seq_len - r.query_len) / kQBlock; b * kQBlock < r.seq_len; b++)
-      wave.blocks.push_back({i, b, cost_of(p, kv.head, (b + 1) * kQBlock)});
+        wave.pages.push_back({i, page, 1, 0});
+    const bool paired = r.query_len >= kPairedRows && r.seq_len >= kPairedContext;
+    const int32_t first = (r.seq_len - r.query_len) / kQBlock, all = ceil_div(r.seq_len, kQBlock);
+    for (int32_t b = first, count; b < all; b += count) {
+      count = paired ? std::min(most_blocks(p), all - b) : 1;
+      wave.blocks.push_back({i, b, count, cost_of(p, kv.head, count * (b + count) * kQBlock)});
+    }
   }
   std::stable_sort(wave.blocks.begin(), wave.blocks.end(),
                    [](const Item &a, const Item &b) { return a.cost > b.cost; });
@@ -201,7 +209,8 @@ void run_wave(const VsbProblem &p, const Kernels &k, const Wave &wave, int64_t s
     if (!out_of_memory) {
       ItemStats stats = {tiles.data(), tiles.data() + p.num_heads, 0, 0};
       each(next_block, wave.blocks.size(), [&](size_t i) {
-        k.attend(p, wave.heads[wave.blocks[i].kv], wave.blocks[i].index, scratch, stats);
+        const Item &item = wave.blocks[i];
+        k.attend(p, wave.heads[item.kv], item.index, item.count, scratch, stats);
       });
 #pragma omp critical
       {

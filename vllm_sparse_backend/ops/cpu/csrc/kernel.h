@@ -34,7 +34,8 @@ struct Kernels {
   int64_t (*scratch_bytes)(const VsbProblem &, int32_t longest);
   void (*sum_keys)(const VsbProblem &, const KvHead &, int32_t page);
   void (*quantize_keys)(const VsbProblem &, const KvHead &, int32_t page);
-  void (*attend)(const VsbProblem &, const KvHead &, int32_t q_block, char *scratch, ItemStats &);
+  void (*attend)(const VsbProblem &, const KvHead &, int32_t q_block, int32_t blocks, char *scratch,
+                 ItemStats &);
   void (*peak)(double *gops);
 };
 
@@ -48,5 +49,11 @@ inline bool is_followed(const VsbPolicy &policy, int32_t seq_len) {
 inline int32_t ceil_div(int32_t a, int32_t b) { return (a + b - 1) / b; }
 inline int32_t smaller(int32_t a, int32_t b) { return a < b ? a : b; }
 inline int32_t larger(int32_t a, int32_t b) { return a > b ? a : b; }
+
+// Q blocks of one work item, at most. Two share the tiles that both keep, which are then fetched
+// and packed once; where many heads share them already, there is little to gain.
+inline int32_t most_blocks(const VsbProblem &p) {
+  return p.num_heads / p.num_kv_heads <= 4 ? 2 : 1;
+}
 
 }  // namespace vsb

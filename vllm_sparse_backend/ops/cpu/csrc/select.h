@@ -69,8 +69,8 @@ inline float tau_of(const VsbPolicy &policy, int32_t first) {
 }
 
 // Into choice.rows the rows that its policy scores: those that are sampled, the first and the last
-// there is of the q block, and all of the prompt's tail. Maxima and sums are those of sink and local
-// tiles, of base-2 scores.
+// there is of the q block, and all of the prompt's tail. Maxima and sums are those of sink and
+// local tiles, of base-2 scores.
 //
 //   log2(exp(s - m) / (tau l)) = product * step_q * step_k * base2 + q.mean * base2 - m2 - log2(tau
 //   l)
