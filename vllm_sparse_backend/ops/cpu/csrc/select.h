@@ -138,9 +138,9 @@ void mark_tiles(const VsbProblem &p, const KvHead &kv, Choice *const *choices, i
   const KeyCodes &keys = kv.codes[Codes<Bits>::kIndex];
   // The heads' first groups, then their second ones: two that are scored together are of two
   // heads, where there are two, so that neither waits in vain for a hit of the other.
-  constexpr int kMost = kHeadsAtOnce * kQBlock / kRowGroup;
-  RowGroup groups[kMost];
-  int head_of[kMost], num_groups = 0;
+  constexpr int kMostGroups = kHeadsAtOnce * kQBlock / kRowGroup;
+  RowGroup groups[kMostGroups];
+  int head_of[kMostGroups], num_groups = 0;
   int32_t sub = choices[0]->window.sink, stop = 0;
   for (int i = 0; i < count; i++) {
     sub = smaller(sub, choices[i]->window.sink);
