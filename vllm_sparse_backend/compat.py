@@ -262,7 +262,8 @@ def watch_prompts() -> None:
 def prompt_lens(num_reqs: int) -> torch.Tensor | None:
     """The lengths of the prompts of the batch that metadata is being built for, int32 [R].
 
-    None where nobody tells: under model runner V2, or for another batch than the runner's.
+    None where nobody tells: under model runner V2, and outside of V1's own `build`, as a draft
+    model's metadata is made.
     """
     return None if _prompts is None else _prompts[:num_reqs].clone()
 
