@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from vllm_sparse_backend import __version__
+from vllm_sparse_backend import __version__, doctor
 from vllm_sparse_backend.cli import app
 from vllm_sparse_backend.profile import FORMAT, VERSION
 
@@ -79,6 +79,34 @@ def test_doctor_wants_a_model_with_a_profile(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["doctor", "--profile", str(tmp_path / "p.json")])
     assert done.exit_code == 2
     assert "--model" in done.output
+
+
+@pytest.mark.parametrize(
+    ("pages", "asked", "advised"),
+    [
+        ("always [madvise] never", None, True),
+        ("always [madvise] never", "0", True),
+        ("always [madvise] never", "1", False),
+        ("[always] madvise never", None, False),
+        ("always madvise [never]", None, False),
+        (None, None, False),
+    ],
+)
+def test_doctor_advises_huge_pages_where_they_are_for_the_asking(
+    pages: str | None,
+    asked: str | None,
+    advised: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if pages is not None:
+        (tmp_path / "enabled").write_text(pages)
+    monkeypatch.setattr(doctor, "HUGE_PAGES", tmp_path / "enabled")
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", asked)
+    advice = doctor.examine().advice
+    assert any("THP_MEM_ALLOC_ENABLE=1" in line for line in advice) is advised
 
 
 def test_doctor_about_a_model_and_its_profile(tiny_llama: Path, tmp_path: Path) -> None:

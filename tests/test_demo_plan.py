@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -49,6 +50,13 @@ def test_both_sides_differ_in_the_backend_and_its_configuration_only() -> None:
     assert sparse[-2:] == ["--additional-config", '{"sparse_prefill":{"min_prompt_tokens":1000}}']
     differing = [pair for pair in zip(dense, sparse, strict=False) if pair[0] != pair[1]]
     assert differing == [("CPU_ATTN", "sparse_prefill")]
+
+
+def test_only_a_quick_demo_skips_vllms_compilation() -> None:
+    for quick in (True, False):
+        for side in get_args(Side):
+            arguments = plan(quick=quick).setups[0].options.arguments(side, 8000)
+            assert ("--enforce-eager" in arguments) is quick
 
 
 @pytest.mark.parametrize(

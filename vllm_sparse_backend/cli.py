@@ -131,6 +131,7 @@ def _lines(diagnosis: Diagnosis) -> list[tuple[str, str]]:
     ]
     if diagnosis.model is not None:
         lines += _model_lines(diagnosis.model)
+    lines += [("faster" if i == 0 else "", text) for i, text in enumerate(diagnosis.advice)]
     problems = diagnosis.problems or ["none"]
     return lines + [("problems" if i == 0 else "", text) for i, text in enumerate(problems)]
 

@@ -89,7 +89,7 @@ def demo(
     sparse_prefill, never both at once. Each is asked, through the openai
     client, for numbers hidden in real documents, and for the perplexity of the
     text. Prints a table, and writes it as JSON and as an HTML page with a plot.
-    Takes about twelve minutes on two cores with AVX-512, --quick about two;
+    Takes about fourteen minutes on two cores with AVX-512, --quick about two;
     without AVX-512 two to three times as long.
 
     \b

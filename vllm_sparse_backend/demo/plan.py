@@ -108,8 +108,9 @@ def make_plan(
 ) -> Plan:
     """Lengths grouped by the server they need.
 
-    `hf_overrides` are used for all lengths and may raise `max_position_embeddings`. Raises
-    `LengthRefused`, and ConfigError for a wrong `sparse_config`.
+    `hf_overrides` are used for all lengths and may raise `max_position_embeddings`. `quick`
+    servers start without compiling the model, which vLLM does by default. Raises `LengthRefused`,
+    and ConfigError for a wrong `sparse_config`.
     """
     sparse_config = sparse_config or {}
     config = load_config({SECTION: sparse_config})
@@ -135,6 +136,7 @@ def make_plan(
             hf_overrides=overrides,
             sparse_config=sparse_config,
             dtype=dtype,
+            eager=quick,
         )
         return Setup(tuple(chosen), options, scaled)
 

@@ -182,23 +182,9 @@ class _Side:
         )
 
     def _check(self, reply: Reply, counted: Counts, where: str) -> None:
-        """Figures of something else than what they claim to be are worse than none."""
-        if reply.cached_tokens:
-            raise Unexpected(f"{where}: {reply.cached_tokens} tokens were in the prefix cache")
-        expected = self.server.side == "sparse" and self.plan.is_sparse(reply.prompt_tokens)
-        if expected and not (counted.sparse_layer_tokens and counted.causal_tiles):
-            raise Unexpected(
-                f"{where}: nothing of it was prefilled sparsely, says the server's /metrics "
-                f"(log: {self.server.log}); `vllm-sparse doctor` may know why"
-            )
-        # Our server's core may have read a short prompt, every tile kept.
-        kept_all = (
-            self.server.side == "sparse"
-            and not counted.sparse_layer_tokens
-            and counted.computed_tiles == counted.causal_tiles
-        )
-        if not expected and counted != Counts() and not kept_all:
-            raise Unexpected(f"{where}: should have been dense, but the server counted {counted}")
+        side, expected = self.server.side, self.plan.is_sparse(reply.prompt_tokens)
+        if wrong := what_is_wrong(side, expected, reply, counted):
+            raise Unexpected(f"{where}: {wrong} (log: {self.server.log})")
 
     def _loss(self, document: Document, where: str) -> Loss:
         step = self.progress.next()
@@ -206,6 +192,27 @@ class _Side:
             loss = self.asker.loss(document.token_ids)
         note(f"{step} {where}: perplexity {loss.perplexity:.3f}")
         return loss
+
+
+def what_is_wrong(side: Side, long: bool, reply: Reply, counted: Counts) -> str | None:
+    """Why figures of this reply would not be what they claim to be; None: they are.
+
+    `long`: whether the sparse side ought to have prefilled some of the prompt sparsely;
+    `counted`: what the server counted meanwhile.
+    """
+    if reply.cached_tokens:
+        return f"{reply.cached_tokens} tokens were in the prefix cache"
+    if side == "dense":
+        return f"the dense server counted {counted}" if counted != Counts() else None
+    if long and not (counted.sparse_layer_tokens and counted.causal_tiles):
+        return (
+            "nothing of it was prefilled sparsely, says the server's /metrics; "
+            "`vllm-sparse doctor` may know why"
+        )
+    # Our core may have read a short prompt, every tile kept.
+    if not long and (counted.sparse_layer_tokens or counted.computed_tiles != counted.causal_tiles):
+        return f"should have been dense, but the server counted {counted}"
+    return None
 
 
 def _request_errors() -> type[Exception]:

@@ -147,7 +147,7 @@ def paged_sparse_attention(
         kv_layout,
         out,
         None,
-        prompt_lens=prompt_lens,
+        prompt_lens=prompts,
     )
     return out, AttentionStats(*counted)
 
@@ -207,7 +207,7 @@ def select_tiles(
         kv_layout,
         q.new_empty(q.shape),
         subtiles,
-        prompt_lens=prompt_lens,
+        prompt_lens=prompts,
     )
     return TileList.from_subtiles(subtiles, table.tile_sizes, query_len, seq_len)
 

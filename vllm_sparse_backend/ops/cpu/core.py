@@ -217,7 +217,7 @@ def forward(
     out: torch.Tensor,
     tiles_out: torch.Tensor | None,
     tiles_in: TileList | None = None,
-    prompt_lens: torch.Tensor | None = None,
+    prompt_lens: Sequence[int] | None = None,
 ) -> tuple[list[int], list[int], float, float, float]:
     """Attention of the given requests into ``out``; shapes as in ``paged_sparse_attention``.
 
@@ -228,7 +228,7 @@ def forward(
     """
     num_heads = q.shape[1]
     starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
-    prompts = lengths if prompt_lens is None else prompt_lens.tolist()
+    prompts = lengths if prompt_lens is None else prompt_lens
     native_requests = (_Request * len(requests))()
     for native, r in zip(native_requests, requests, strict=True):
         native.pages = block_table.data_ptr() + 4 * r * block_table.stride(0)
