@@ -33,8 +33,9 @@ class Ours:
             PolicyTable([policy] * heads),
         )
         self._how: Any = {"impl": impl, "kv_layout": KV_LAYOUTS[impl]}
-        if impl == "cpu" and layer.prompt_len is not None:
-            self._how["prompt_lens"] = torch.tensor([layer.prompt_len], dtype=torch.int32)
+        if layer.prompt_len is not None:
+            lens = torch.tensor([layer.prompt_len], dtype=torch.int32, device=on)
+            self._how["prompt_lens"] = lens
         self._out = torch.empty_like(layer.q)
         self.stats: list[AttentionStats] = []  # of every run
 

@@ -21,6 +21,7 @@ from vllm_sparse_backend.backend.cuda_flash import SparsePrefillFlashBackend
 from vllm_sparse_backend.backend.cuda_triton import SparsePrefillTritonBackend
 from vllm_sparse_backend.backend.start import GPU_CORE
 from vllm_sparse_backend.backend.worker import worker_of
+from vllm_sparse_backend.control import Setting
 
 BACKENDS: dict[str, Any] = {
     "flash": SparsePrefillFlashBackend,
@@ -36,6 +37,26 @@ class Request:
     rows: int
     context: int
     prefilling: bool
+
+
+@dataclass
+class Told:
+    """What a model runner knows of the requests of a batch: who they are, and their prompts."""
+
+    identity: list[int]
+    lens: list[int]
+
+    def prompt_lens(self, num_reqs: int) -> torch.Tensor:
+        """As compat_requests.Told."""
+        return torch.tensor(self.lens, dtype=torch.int32)[:num_reqs]
+
+    def settings(self, num_reqs: int) -> list[Setting]:
+        """Nobody asks for anything."""
+        return []
+
+    def identities(self, num_reqs: int) -> list[int]:
+        """As compat_requests.Told."""
+        return self.identity[:num_reqs]
 
 
 def common_of(

@@ -17,6 +17,8 @@ def assert_same_tiles(
     qkv: QKV,
     policies: Sequence[AnyPolicy],
     scale: float,
+    prompt_len: int | None = None,
+    mean_of: int | None = None,
 ) -> int:
     """Tiles that differ were chosen within rounding of the threshold. Their number."""
     q, k, _ = qkv
@@ -30,9 +32,9 @@ def assert_same_tiles(
         assert isinstance(policy, Sale | Mass), f"head {head}: {policy} leaves nothing to rounding"
         query, keys = q[:, head], k[:, head // (q.shape[1] // k.shape[1])]
         if isinstance(policy, Sale):
-            margins = sale.margins(policy, query, keys, scale, own.blocks)
+            margins = sale.margins(policy, query, keys, scale, own.blocks, prompt_len, mean_of)
         else:
-            margins = mass.margins(policy, query, keys, scale, own.blocks)
+            margins = mass.margins(policy, query, keys, scale, own.blocks, prompt_len, mean_of)
         width = tie_width(query, keys, scale)
         for block, tile in differs.nonzero().tolist():
             margin = float(margins[block][tile])

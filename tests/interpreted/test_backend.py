@@ -9,16 +9,18 @@ from typing import Any
 import pytest
 import torch
 from _batch import engine_config
-from _gpu_batch import PAGE, GpuGroup, Request, common_of
+from _gpu_batch import PAGE, GpuGroup, Request, Told, common_of
 from vllm.config import set_current_vllm_config
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.distributed.parallel_state import init_distributed_environment, initialize_model_parallel
 from vllm.v1.attention.backends import triton_attn
 
+from vllm_sparse_backend import compat, compat_requests
 from vllm_sparse_backend.backend.worker import worker_of
 from vllm_sparse_backend.metrics import read_totals
 from vllm_sparse_backend.metrics.counters import CAUSAL, COMPUTED
-from vllm_sparse_backend.ops import paged_sparse_attention
+from vllm_sparse_backend.ops import layout, paged_sparse_attention, reference
+from vllm_sparse_backend.selection import parse_policy
 
 BATCH = [
     Request(1, 40, False),
@@ -78,3 +80,28 @@ def test_a_mixed_step(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None
     totals = read_totals(worker_of(group.config).counters.path.parent).values
     assert totals[COMPUTED] == sum(stats.tiles_computed) < sum(stats.tiles_causal)
     assert totals[CAUSAL] == sum(stats.tiles_causal)
+
+
+def test_a_prompt_in_chunks_whose_codes_are_kept(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compat, "supported_platform", lambda: "cuda")
+    section = {"min_prompt_tokens": 100, "policy": POLICY, "kept_prompts": 1}
+    group = GpuGroup(engine_config(tiny_llama, section, dtype="float16"), "triton")
+    g = torch.Generator().manual_seed(1)
+    cache = torch.randn(100, PAGE, 2, 128, generator=g).half().transpose(1, 2)
+    for rows, context, mean_of in ((300, 300, 256), (100, 400, 256), (150, 550, 512)):
+        common = common_of([Request(rows, context, True)])
+        with compat_requests._telling(Told([5], [550])):
+            metadata = group.builder.build(0, common)
+        ((_, work),) = metadata.works
+        assert work.kept and len(work.means) == (context != 400)
+        q = torch.randn(rows, 4, 64, generator=g).half()
+        out = torch.full_like(q, torch.nan)
+        group.forward(metadata, q, cache, out)
+
+        k, v = layout.unpack(cache, common.block_table_tensor[0], context, "strided")
+        policies = [parse_policy(POLICY)] * 4
+        tiles = reference.select(q, k, policies, 0.125, 550, mean_of)
+        wanted = reference.attend(q, k, v, tiles, 0.125)
+        torch.testing.assert_close(out, wanted, rtol=0.01, atol=0.01)

@@ -12,15 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_sparse_backend.ops import PolicyTable, TileList, select_tiles
+from vllm_sparse_backend.ops.triton import run as launches
 from vllm_sparse_backend.selection import DENSE, AnyPolicy, Mass, Sale, Static
 
 
-def both(paged: Paged, policies: object, scale: float | None = None) -> tuple[TileList, TileList]:
+def both(
+    paged: Paged, policies: object, scale: float | None = None, prompt_len: int | None = None
+) -> tuple[TileList, TileList]:
     own, other = (
         select_tiles(
             *paged.tensors,
             policies,  # type: ignore[arg-type]
             scale=scale,
+            prompt_lens=None if prompt_len is None else torch.tensor([prompt_len]).int(),
             kv_layout="strided",
             impl=impl,
         )
@@ -55,6 +59,40 @@ def test_the_tiles_of_the_reference(bits: int, tile: int, dtype: torch.dtype) ->
     own, other = both(make_paged([qkv], "strided", 32), policies)
     assert_same_tiles(own, other, qkv, policies, dim**-0.5)
     assert sum(own.computed) < sum(own.causal)
+
+
+# All the ways in which keys are put in columns, and rows of q blocks together.
+@pytest.mark.parametrize("arch", ["sm_89", "sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize("group", [1, 4])
+def test_however_an_architecture_divides_a_product(
+    arch: str, group: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launches, "architecture", lambda: arch)
+    heads = 2 * group
+    policies: list[AnyPolicy] = [
+        selector(sink=16, local=16, tau=0.03, tile=tile, tail=30)
+        for selector, tile in itertools.islice(
+            itertools.cycle([(Sale, 16), (Mass, 16), (Sale, 64), (Mass, 32)]), heads
+        )
+    ]
+    qkv = make_qkv(group, 330, 600, heads, 2)
+    own, other = both(make_paged([qkv], "strided", 32), policies, prompt_len=620)
+    assert_same_tiles(own, other, qkv, policies, 0.125, 620)
+    assert sum(own.computed) < sum(own.causal)
+
+
+def test_a_chunk_before_a_prompts_last_has_no_tail() -> None:
+    policies: list[AnyPolicy] = [
+        selector(sink=16, local=16, tau=0.05, row_stride=8) for selector in (Sale, Mass, Sale, Mass)
+    ]
+    qkv = make_qkv(13, 150, 700)
+    paged = make_paged([qkv], "strided", 64)
+    counts = []
+    for prompt_len in (700, 756, 828, 9000):
+        own, other = both(paged, policies, prompt_len=prompt_len)
+        assert_same_tiles(own, other, qkv, policies, 0.125, prompt_len)
+        counts.append(sum(own.computed))
+    assert counts[0] > counts[1] > counts[2] == counts[3]
 
 
 @settings(max_examples=8, deadline=None, derandomize=True)

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from tools.gpu_check.machine import Code, Instruction, Kind, read
 from tools.gpu_check.stub import SHARED, stub_driver
 from tools.gpu_check.variants import Variant
+from vllm_sparse_backend.ops.tiles import Q_BLOCK
 
 ATTEND: Final = "attend_tiles"
 # What a kernel multiplies: numbers of the model, or codes.
@@ -41,6 +42,7 @@ class Result(BaseModel):
     policies: str
     page: int
     block: int = 0  # keys of a product; 0 where a kernel has none
+    rows: int = 0  # of a product, likewise
     warps: int
     stages: int
     registers: int = 0
@@ -74,6 +76,7 @@ def judge(variant: Variant) -> Result:
         "policies": cell.policies,
         "page": cell.page,
         "block": _block(variant),
+        "rows": _rows(variant) if variant.kernel in _MATRIX else 0,
         "warps": variant.warps,
         "stages": variant.stages,
     }
@@ -107,6 +110,11 @@ def judge(variant: Variant) -> Result:
 
 def _block(variant: Variant) -> int:
     return int(variant.constants.get("BLOCK_N", variant.constants.get("KEYS", 0)))
+
+
+def _rows(variant: Variant) -> int:
+    c = variant.constants
+    return int(c.get("SHARE_ROWS", Q_BLOCK) * c.get("TOGETHER", 1))
 
 
 def _loop(variant: Variant, code: Code) -> dict[str, Any]:
@@ -156,7 +164,7 @@ def _counted(body: Sequence[Instruction], products: float) -> dict[str, Any]:
 def _products(variant: Variant, body: Sequence[Instruction]) -> float:
     """How many products of the kernel's block a loop's body does, all warps together."""
     c = variant.constants
-    rows, block, depth = c.get("SHARE_ROWS", 64), _block(variant), c["BLOCK_D"]
+    rows, block, depth = _rows(variant), _block(variant), c["BLOCK_D"]
     needed = 2 * rows * block * depth
     fifth_generation = depth // (32 if variant.kernel == "score_tiles" else 16)
     if variant.kernel == ATTEND:

@@ -7,7 +7,7 @@ multiprocessor's matrix units work while others issue, the worse one adds the tw
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -21,12 +21,15 @@ from tools.gpu_check.peaks import FA2_SHARE, GPUS, PUBLISHED, SPECIAL_LANES, WAR
 from tools.gpu_check.pool import judge_all
 from tools.gpu_check.variants import Cell, variants
 from vllm_sparse_backend.ops.tiles import Q_BLOCK
+from vllm_sparse_backend.ops.triton.kept import Shelf, kept_bytes
 from vllm_sparse_backend.selection import UNIFORM_DEFAULT
 
 LAYERS, HEADS, KV_HEADS, DIM = 32, 32, 8, 128  # Llama-3.1-8B
 GROUP = HEADS // KV_HEADS
 ROWS: Final = Q_BLOCK // UNIFORM_DEFAULT.row_stride * GROUP  # scored together
-CHUNKS: Final = {"in chunks of 2048": 2048, "whole": 1 << 30}
+CHUNK: Final = 2048
+KEPT: Final = f"in chunks of {CHUNK}, codes kept"
+CHUNKS: Final = {f"in chunks of {CHUNK}": CHUNK, KEPT: CHUNK, "whole": 1 << 30}
 # docs/limits.md, the default policy: SmolLM2's layers on real text up to 16K, generated input for a
 # Llama layer from there on.
 DENSITY: Final = {8192: 0.305, 16384: 0.274, 32768: 0.063, 65536: 0.059, 131072: 0.053}
@@ -67,8 +70,8 @@ def predict(
     blocks = tokens // Q_BLOCK
     pairs = tokens * tokens / 2 / Q_BLOCK  # (q block, causal key)
     window = UNIFORM_DEFAULT.sink + UNIFORM_DEFAULT.local + Q_BLOCK
-    # Keys are read twice in bf16, written as bytes, at each step.
-    moved = sum(contexts) * KV_HEADS * DIM * (2 + 2 + 1)
+    summed, coded = keys_read(contexts, kept=prefill == KEPT)
+    moved = (summed * 2 + coded * (2 + 1)) * KV_HEADS * DIM  # read in bf16, written as bytes
     attend, anchor, score = (
         kernels[name] for name in ("attend_tiles", "anchor_rows", "score_tiles")
     )
@@ -79,14 +82,17 @@ def predict(
         "attend": (attend, density * pairs * HEADS / attend.block, Q_BLOCK, gpu.bf16),
     }
     phases = {"quantize": (moved / gpu.bandwidth, moved / gpu.bandwidth)}
-    for phase, (kernel, products, rows, peak) in work.items():
+    for phase, (kernel, all_products, own_rows, peak) in work.items():
+        rows = kernel.rows or own_rows
+        products = all_products * own_rows / rows if rows else all_products
         # `peak`: twice the rate where a product is one matrix product and not attention's two.
-        tensor = 4 * rows * kernel.block * DIM / gpu.per_clock(peak) / gpu.few_rows
+        rate = gpu.per_clock(peak) * (gpu.few_rows if rows < 128 else 1)
+        tensor = 4 * rows * kernel.block * DIM / rate
         issue = kernel.total * kernel.warps / WARPS_ISSUED
         special = kernel.instructions[Kind.SPECIAL] * kernel.warps * 32 / SPECIAL_LANES
         other = max(issue, special)
-        rate = products / (gpu.multiprocessors * gpu.clock)
-        phases[phase] = max(tensor, other) * rate, (tensor + other) * rate
+        seconds = products / (gpu.multiprocessors * gpu.clock)
+        phases[phase] = max(tensor, other) * seconds, (tensor + other) * seconds
     dense = 4 * HEADS * DIM * tokens * tokens / 2 / (gpu.bf16 * gpu.dense_share)
     return Prediction(
         gpu=gpu.name,
@@ -95,6 +101,21 @@ def predict(
         phases={p: (1e3 * LAYERS * a, 1e3 * LAYERS * b) for p, (a, b) in phases.items()},
         dense=1e3 * LAYERS * dense,
     )
+
+
+def keys_read(contexts: Sequence[int], kept: bool) -> tuple[int, int]:
+    """How many keys are summed for a mean, and how many made codes, in steps of such contexts."""
+    if not kept:
+        return sum(contexts), sum(contexts)
+    shelf, summed, coded, computed = Shelf(1, contexts[-1]), 0, 0, 0
+    for context in contexts:
+        shelf.step()
+        place = shelf.place(0, computed, context, contexts[-1] + 1)
+        assert place is not None
+        summed += place.mean_of if place.new_mean else 0
+        coded += context - place.have
+        computed = context
+    return summed, coded
 
 
 def predict_all(results: Iterable[Result]) -> list[Prediction]:
@@ -124,30 +145,21 @@ Densities are measured ones (limits.md): {density}. Up to 16K they are of SmolLM
 32K on of generated input for a Llama layer, which explains the step between them.
 
 *Dense*: {dense}.
-*Selection*: all but attention, in percent of dense.
+*Selection*: all but attention, in percent of dense. *Codes kept*: with `kept_prompts`, which for a
+prompt of 128K takes {kept_gib:.1f} GiB; without it a chunk's keys are all quantized anew.
 
-{headline}
-"""
+Percent of dense that selection is predicted to take at 64K; wanted is 8 at most:
+
+{shares}"""
 
 
 def page(predictions: list[Prediction]) -> str:
     """docs/gpu-model.md."""
-    at = [p for p in predictions if p.tokens == 65536]
-    worst = max(at, key=lambda p: p.selection[1])
-    chunked = [p for p in at if p.prefill != "whole"]
-    within = ", ".join(f"{p.gpu} {_span(*p.selection)}%" for p in chunked)
-    share = {gpu.name: gpu.dense_share for gpu in GPUS}
-    of_fa2 = ", ".join(
-        f"{p.gpu} {_span(*(x * FA2_SHARE[p.gpu] / share[p.gpu] for x in p.selection))}%"
-        for p in chunked
-        if p.gpu in FA2_SHARE
-    )
     text = _HEAD.format(
         density=", ".join(f"{d:.3f} at {n // 1024}K" for n, d in DENSITY.items()),
         dense=", ".join(f"{g.dense} at {g.dense_share:.0%} of {g.name}'s peak" for g in GPUS),
-        headline=f"At 64K, in chunks, selection is predicted to take of dense: {within}.\n"
-        f"Of FlashAttention-2's time: {of_fa2}. Wanted is 8% at most.\n"
-        f"The worst case is {worst.gpu}, {worst.prefill}: {worst.selection[1]:.1f}% of dense.",
+        kept_gib=kept_bytes(1, 131072, KV_HEADS, DIM) * LAYERS / 2**30,
+        shares=_shares([p for p in predictions if p.tokens == 65536]),
     )
     columns = ("tokens", *PHASES, "sum", "dense", "selection", "x dense")
     for gpu in GPUS:
@@ -159,6 +171,23 @@ def page(predictions: list[Prediction]) -> str:
             for p in predictions:
                 if (p.gpu, p.prefill) == (gpu.name, prefill):
                     text += "| " + " | ".join(_row(p, published)) + " |\n"
+    return text
+
+
+def _shares(predictions: list[Prediction]) -> str:
+    """What selection takes at one length, by the way to prefill."""
+    text = "| | " + " | ".join(gpu.name for gpu in GPUS)
+    text += " | of FA2: " + " | of FA2: ".join(FA2_SHARE) + " |\n"
+    text += "|---" + "|---:" * (len(GPUS) + len(FA2_SHARE)) + "|\n"
+    for prefill in CHUNKS:
+        own = {p.gpu: p.selection for p in predictions if p.prefill == prefill}
+        of_fa2 = [
+            _span(*(x * FA2_SHARE[gpu.name] / gpu.dense_share for x in own[gpu.name]))
+            for gpu in GPUS
+            if gpu.name in FA2_SHARE
+        ]
+        cells = [prefill, *(_span(*share) for share in own.values()), *of_fa2]
+        text += "| " + " | ".join(cells) + " |\n"
     return text
 
 

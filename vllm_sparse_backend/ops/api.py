@@ -107,8 +107,7 @@ def paged_sparse_attention(
     ``requests``: which of them to compute, all unless given; other requests' rows of ``out``
     stay as they are (zero where ``out`` is not given). ``prompt_lens`` (int32 [R]): the lengths of
     the prompts of which these may be chunks, from whose ends policies' ``tail`` counts;
-    ``seq_lens`` unless given; not for impl "triton", to which every chunk has a tail. ``out``
-    [T, Hq, D] must not overlap the inputs.
+    ``seq_lens`` unless given. ``out`` [T, Hq, D] must not overlap the inputs.
 
     The rest, returns and errors: as ``sparse_attention``.
     """
@@ -116,7 +115,7 @@ def paged_sparse_attention(
     table, scale, batch = _check_paged(
         q, kv_cache, block_table, query_start_loc, seq_lens, policies, scale, requests, kv_layout
     )
-    prompts = checks.check_prompts(prompt_lens, batch, q.device, impl)
+    prompts = checks.check_prompts(prompt_lens, batch, q.device)
     if impl != "reference":
         checks.check_impl_layout(q, kv_layout, impl)
     if out is None:
@@ -131,7 +130,7 @@ def paged_sparse_attention(
             parts.append(_reference_into(out[rows], q[rows], k, v, table, scale, prompts[r]))
         return out, _total(parts, q.shape[1])
     if impl == "triton":
-        return out, _triton_into(out, q, kv_cache, block_table, batch, table, scale)
+        return out, _triton_into(out, q, kv_cache, block_table, batch, prompts, table, scale)
 
     from vllm_sparse_backend.ops.cpu import core
 
@@ -177,7 +176,7 @@ def select_tiles(
     seq_len = batch.seq_lens[request]
     rows = slice(batch.starts[request], batch.starts[request + 1])
     query_len = rows.stop - rows.start
-    prompts = checks.check_prompts(prompt_lens, batch, q.device, impl)
+    prompts = checks.check_prompts(prompt_lens, batch, q.device)
     if impl == "reference":
         k, _ = layout.unpack(kv_cache, block_table[request], seq_len, kv_layout)
         return reference.select(q[rows], k, table.followed(seq_len), scale, prompts[request])
@@ -185,7 +184,7 @@ def select_tiles(
     if impl == "triton":
         from vllm_sparse_backend.ops import triton
 
-        work = _triton_work(batch, q.device)
+        work = _triton_work(batch, prompts, q.device)
         found = triton.select(q, kv_cache, block_table, work, table, scale)
         return TileList.from_subtiles(found.cpu(), table.tile_sizes, query_len, seq_len)
 
@@ -254,12 +253,11 @@ def _check_paged(
     return table, checks.check_scale(scale, q.shape[2]), batch
 
 
-def _triton_work(batch: checks.Batch, device: torch.device) -> Work:
+def _triton_work(batch: checks.Batch, prompts: list[int], device: torch.device) -> Work:
     from vllm_sparse_backend.ops import triton
 
-    return triton.plan_work(
-        np.array(batch.starts), np.array(batch.seq_lens), batch.requests, device
-    )
+    starts, seq_lens = np.array(batch.starts), np.array(batch.seq_lens)
+    return triton.plan_work(starts, seq_lens, batch.requests, device, np.array(prompts))
 
 
 def _triton_into(
@@ -268,6 +266,7 @@ def _triton_into(
     kv_cache: torch.Tensor,
     block_table: torch.Tensor,
     batch: checks.Batch,
+    prompts: list[int],
     table: PolicyTable,
     scale: float,
 ) -> AttentionStats:
@@ -277,7 +276,7 @@ def _triton_into(
 
     from vllm_sparse_backend.ops import triton
 
-    work, clock = _triton_work(batch, q.device), triton.Clock(q.device)
+    work, clock = _triton_work(batch, prompts, q.device), triton.Clock(q.device)
     tiles = triton.forward(q, kv_cache, block_table, work, table, scale, out, clock)
     seconds = clock.seconds()
     took = [seconds.get(phase, 0.0) for phase in ("pack", "select", "attend")]

@@ -128,13 +128,11 @@ def check_impl_layout(q: torch.Tensor, kv_layout: str, impl: str) -> None:
 
 
 def check_prompts(
-    prompt_lens: torch.Tensor | None, batch: Batch, device: torch.device, impl: str
+    prompt_lens: torch.Tensor | None, batch: Batch, device: torch.device
 ) -> list[int]:
     """The length of each request's prompt, [R]: its context's, where it is not given."""
     if prompt_lens is None:
         return batch.seq_lens
-    if impl == "triton":
-        raise ValueError("prompt_lens: want None for impl 'triton', where every chunk has a tail")
     want("prompt_lens", prompt_lens, (len(batch.seq_lens),), torch.int32, device)
     return prompt_lens.tolist()
 

@@ -20,24 +20,23 @@ def select(
     policies: Sequence[AnyPolicy],
     scale: float,
     prompt_len: int | None = None,
+    mean_of: int | None = None,
 ) -> TileList:
     """The tiles each head computes. ``q`` [T, Hq, D] are the last T positions of ``k`` [S, Hkv, D].
 
     One policy per q head; q head h reads kv head ``h // (Hq // Hkv)``. ``prompt_len``: of the
-    prompt of which this may be a chunk; S unless given.
+    prompt of which this may be a chunk, S unless given. ``mean_of``: the first keys about whose
+    mean keys are quantized, S unless given.
     """
     blocks = q_blocks(q.shape[0], k.shape[0])
     group = q.shape[1] // k.shape[1]
+    how = scale, blocks, prompt_len, mean_of
     keep = []
     for head, policy in enumerate(policies):
         if isinstance(policy, Sale):
-            keep.append(
-                sale.keep(policy, q[:, head], k[:, head // group], scale, blocks, prompt_len)
-            )
+            keep.append(sale.keep(policy, q[:, head], k[:, head // group], *how))
         elif isinstance(policy, Mass):
-            keep.append(
-                mass.keep(policy, q[:, head], k[:, head // group], scale, blocks, prompt_len)
-            )
+            keep.append(mass.keep(policy, q[:, head], k[:, head // group], *how))
         elif isinstance(policy, Static):
             keep.append(static.keep(policy, blocks))
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -33,6 +34,12 @@ def q_blocks(query_len: int, seq_len: int) -> list[QBlock]:
 def causal_tiles(end: int, tile: int) -> int:
     """How many tiles of ``tile`` keys a q block ending before position ``end`` may see."""
     return -(-end // tile)
+
+
+@lru_cache(256)  # every layer of a step asks the same
+def total_causal_tiles(query_len: int, seq_len: int, tile: int) -> int:
+    """`causal_tiles` of all q blocks of the last ``query_len`` of ``seq_len`` positions."""
+    return sum(causal_tiles(block.end, tile) for block in q_blocks(query_len, seq_len))
 
 
 @dataclass(frozen=True, eq=False)

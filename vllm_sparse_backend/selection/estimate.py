@@ -55,9 +55,12 @@ def quantize(x: torch.Tensor, limit: float, group: int = 1) -> Quantized:
     return Quantized(ints, torch.where(amax.isfinite(), amax / limit, torch.nan))
 
 
-def quantize_keys(k: torch.Tensor, bits: int) -> tuple[Quantized, torch.Tensor]:
-    """Quantize all keys of one kv head, [S, D], about their mean. Returns the mean, fp32 [D]."""
-    mean = k.double().mean(0).float()
+def quantize_keys(
+    k: torch.Tensor, bits: int, mean_of: int | None = None
+) -> tuple[Quantized, torch.Tensor]:
+    """Quantize all keys of one kv head, [S, D], about the mean of the first ``mean_of`` of them,
+    all unless given. Returns the mean, fp32 [D]."""
+    mean = k[:mean_of].double().mean(0).float()
     return quantize(k.float() - mean, KEY_CODES[bits], KEY_GROUP), mean
 
 
@@ -84,17 +87,18 @@ def estimates(
     scale: float,
     blocks: Sequence[tuple[int, int, int]],
     prompt_len: int | None = None,
+    mean_of: int | None = None,
 ) -> Iterator[Block]:
     """Each q block's estimates. One head of one request: ``q`` [T, D] are the last T of the
     positions of ``k`` [S, D]; ``blocks`` are its q blocks, ``(start, first, end)`` with the
     aligned position, the first present row and one past the last. ``prompt_len``: of the prompt
-    of which this may be a chunk; S unless given.
+    of which this may be a chunk; S unless given. ``mean_of``: as in `quantize_keys`.
 
     Where an input was not finite ``excess`` may be NaN; the integers and their steps are
     exact, given IEEE arithmetic.
     """
     offset = k.shape[0] - q.shape[0]
-    keys, mean = quantize_keys(k, policy.bits)
+    keys, mean = quantize_keys(k, policy.bits, mean_of)
     for start, first, end in blocks:
         position = scored_rows(policy, first, end, k.shape[0] if prompt_len is None else prompt_len)
         row = q[position - offset].float()  # [R, D]

@@ -33,12 +33,13 @@ def margins(
     scale: float,
     blocks: Sequence[tuple[int, int, int]],
     prompt_len: int | None = None,
+    mean_of: int | None = None,
 ) -> list[torch.Tensor]:
     """By how much each tile's mass exceeds the threshold in its best row, as a difference of
     logarithms. Arguments and returns as `sale.margins`.
     """
     result = []
-    for excess, always in estimates(policy, q, k, scale, blocks, prompt_len):
+    for excess, always in estimates(policy, q, k, scale, blocks, prompt_len, mean_of):
         mass = by_tile(exp_linear(excess), policy.tile, 0.0).sum(2)
         best = mass.amax(0).log()
         result.append(best.masked_fill(always | (policy.tau == 0), torch.inf))
@@ -52,6 +53,7 @@ def keep(
     scale: float,
     blocks: Sequence[tuple[int, int, int]],
     prompt_len: int | None = None,
+    mean_of: int | None = None,
 ) -> list[torch.Tensor]:
     """The kept tiles of each q block, bool [causal tiles] each; arguments as ``margins``."""
-    return [~(margin <= 0) for margin in margins(policy, q, k, scale, blocks, prompt_len)]
+    return [~(margin <= 0) for margin in margins(policy, q, k, scale, blocks, prompt_len, mean_of)]

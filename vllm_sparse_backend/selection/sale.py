@@ -20,6 +20,7 @@ def margins(
     scale: float,
     blocks: Sequence[tuple[int, int, int]],
     prompt_len: int | None = None,
+    mean_of: int | None = None,
 ) -> list[torch.Tensor]:
     """By how much each tile's best score estimate exceeds its row's threshold, in nats.
 
@@ -30,7 +31,7 @@ def margins(
     implementation, because m and l are sums whose order is free.
     """
     result = []
-    for excess, always in estimates(policy, q, k, scale, blocks, prompt_len):
+    for excess, always in estimates(policy, q, k, scale, blocks, prompt_len, mean_of):
         best = by_tile(excess, policy.tile, -torch.inf).amax((0, 2))
         result.append(best.masked_fill(always | (policy.tau == 0), torch.inf))
     return result
@@ -43,10 +44,11 @@ def keep(
     scale: float,
     blocks: Sequence[tuple[int, int, int]],
     prompt_len: int | None = None,
+    mean_of: int | None = None,
 ) -> list[torch.Tensor]:
     """The kept tiles of each q block, bool [causal tiles] each; arguments as ``margins``.
 
     Written as "not at most 0", so that NaN keeps a tile: with inputs that are not finite
     nothing is known about it.
     """
-    return [~(margin <= 0) for margin in margins(policy, q, k, scale, blocks, prompt_len)]
+    return [~(margin <= 0) for margin in margins(policy, q, k, scale, blocks, prompt_len, mean_of)]

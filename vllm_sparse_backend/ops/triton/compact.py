@@ -33,23 +33,25 @@ def compact_tiles(
 
     row = here * HEADS + head
     out = lists + row * capacity
-    size = tile // 16
-    kept, own = 0, 0
+    size = tile // 16  # 1, 2 or 4, all of whose quotients and remainders are bits
+    kept = 0
     for first in range(0, tl.cdiv(end, 16), SUBTILES):
         subtile = first + tl.arange(0, SUBTILES)
-        key = subtile // size * tile  # the first of its tile
+        leader = subtile & -size  # the first of its tile
+        key = leader * 16
         keep = (key < sink) | (key >= begin)
         if SCORED:
             if kind >= SALE:
-                at = mask + (block * HEADS + head) * words + subtile // 32
+                at = mask + (block * HEADS + head) * words + (subtile >> 5)
                 word = tl.load(at, mask=subtile < words * 32, other=0)
                 # A tile's subtiles lie in one word.
-                tile_bits = ((1 << size) - 1) << (subtile // size * size % 32)
+                tile_bits = ((1 << size) - 1) << (leader & 31)
                 keep |= (word & tile_bits) != 0
         keep &= subtile * 16 < end
         number = keep.to(tl.int32)
-        tl.store(out + kept + tl.cumsum(number, 0) - 1, subtile, mask=keep)
-        kept += tl.sum(number, 0)
-        own += tl.sum(tl.where(keep & (subtile % size == 0), 1, 0), 0)
+        place = tl.cumsum(number, 0)
+        tl.store(out + kept + place - 1, subtile, mask=keep)
+        kept += tl.max(place, 0)
     tl.store(counts + row, kept)
-    tl.atomic_add(tiles + head, tl.cast(own, tl.int64))
+    # Tiles are kept whole, but for the last one, which the sequence's end may cut.
+    tl.atomic_add(tiles + head, tl.cast(tl.cdiv(kept, size), tl.int64))

@@ -3,8 +3,7 @@
 (`do_not_specialize`: a number that changes from step to step must not compile a kernel anew.)
 
 Codes and steps are those of `selection.estimate.quantize_keys`: groups of 16 keys share a step.
-Made anew in each step, since the mean moves with the context: one reading of K, which next to the
-attention of a chunk of 2048 tokens is 2% of the work at most.
+Made anew in each step unless they are `kept`: the mean moves with the context.
 """
 
 from __future__ import annotations
@@ -66,22 +65,26 @@ def sum_keys(
 
 
 @triton.jit
-def mean_keys(sums, spans, means, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """One program: the mean key of one request and kv head, into fp32 ``means`` [R, Hkv, D].
+def mean_keys(sums, wanted, means, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """One program: one mean key of one kv head, into its place in fp32 ``means`` [N, Hkv, D].
 
     The chunks' sums are added in float64: a code that lies on a half should not hang on the order.
+    ROWS of them at a time, since one program waits for all of them.
     """
-    span, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    at, head = wanted + tl.program_id(0).to(tl.int64) * 4, tl.program_id(1).to(tl.int64)
     heads = tl.num_programs(1)
-    first = tl.load(spans + span * 4).to(tl.int64)
-    count, context = tl.load(spans + span * 4 + 1), tl.load(spans + span * 4 + 2)
+    first, place = tl.load(at).to(tl.int64), tl.load(at + 3).to(tl.int64)
+    count, keys = tl.load(at + 1), tl.load(at + 2)
     channel = tl.arange(0, BLOCK_D)
+    wide = (channel < D)[None, :]
     total = tl.zeros([BLOCK_D], tl.float64)
-    for i in range(count):
-        at = sums + ((first + i) * heads + head) * D + channel
-        total += tl.load(at, mask=channel < D, other=0.0).to(tl.float64)
-    mean = (total / context).to(tl.float32)
-    tl.store(means + (span * heads + head) * D + channel, mean, mask=channel < D)
+    for i in range(0, count, ROWS):
+        row = i + tl.arange(0, ROWS)
+        of = sums + ((first + row) * heads + head)[:, None] * D + channel[None, :]
+        part = tl.load(of, mask=(row < count)[:, None] & wide, other=0.0)
+        total += tl.sum(part.to(tl.float64), 0)
+    mean = (total / keys).to(tl.float32)
+    tl.store(means + (place * heads + head) * D + channel, mean, mask=channel < D)
 
 
 @triton.jit(
@@ -102,14 +105,14 @@ def code_keys(
     request = tl.load(chunks + chunk * 8).to(tl.int64)
     first, context = tl.load(chunks + chunk * 8 + 1), tl.load(chunks + chunk * 8 + 2)
     slot = tl.load(chunks + chunk * 8 + 3).to(tl.int64)
-    span = tl.load(chunks + chunk * 8 + 4).to(tl.int64)
+    place = tl.load(chunks + chunk * 8 + 4).to(tl.int64)
     keys = load_keys(
         cache, block_table + request * stride_table, first, context, head,
         stride_block, stride_head, stride_token, PAGE, KEYS, D, BLOCK_D,
     )  # fmt: skip
     channel = tl.arange(0, BLOCK_D)
     mean = tl.load(
-        means + (span * tl.num_programs(1) + head) * D + channel, mask=channel < D, other=0.0
+        means + (place * tl.num_programs(1) + head) * D + channel, mask=channel < D, other=0.0
     )
     here = (first + tl.arange(0, KEYS)) < context
     x = tl.where(here[:, None], keys - mean[None, :], 0.0)

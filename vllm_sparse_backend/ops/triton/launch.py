@@ -18,6 +18,7 @@ ARCHITECTURES: Final = (
     "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "gfx942", "gfx950",
 )  # fmt: skip
 KEY_CHUNK: Final = 128  # keys that one program quantizes
+WORD_KEYS: Final = 512  # keys whose subtiles are the bits of a word
 MOST_SHARED: Final = 8  # q heads whose scored rows make one matrix
 
 
@@ -41,6 +42,7 @@ class Launch:
     attend: Shape
     score_words: int  # words of 512 keys that one `score_tiles` program scans
     score_parts: int  # in which the keys of a subtile lie in a product of its; see there
+    score_together: int  # `anchor_rows` programs whose rows one `score_tiles` program scores
     share: int  # q heads of a group that are scored together
 
 
@@ -61,6 +63,9 @@ _ATTEND: Final = {
 # Where one instruction multiplies the codes of 64 rows or more, 128 keys take fewer for each; never
 # fewer than 64, since that is the largest tile.
 _SCORE: Final = {arch: Shape(128, 4, 3) for arch in ("sm_90", "sm_100")}
+# Rows of different q blocks are scored together until there are so many: a product then costs less
+# for each. A fifth-generation matrix unit does 128 rows in the time of 64.
+_SCORE_ROWS: Final = {"sm_90": 128, "sm_100": 128}
 # sm_103 has no such instruction for integers, and its registers do not hold eight heads' rows.
 _MOST_SHARED: Final = {"sm_103": 4}
 # float32 has no matrix units (TF32 would not be float32), and its products take the registers.
@@ -93,16 +98,32 @@ def launch(arch: str, head_dim: int, group: int, dtype: torch.dtype) -> Launch:
         anchor = Shape(16, 8 if rows == 64 else 4, 1)
     else:
         anchor = Shape(width // 2, 8 if rows == 128 else 4, 1)
+    score = _SCORE.get(arch, Shape(64, 4, 3))
+    together = max(1, _SCORE_ROWS.get(arch, 64) // rows)
     return Launch(
         keys=Shape(KEY_CHUNK, 8 if width == 256 else 4, 1),
         anchor=anchor,
-        score=_SCORE.get(arch, Shape(64, 4, 3)),
+        score=score,
         compact=Shape(1024, 4, 1),
         attend=(_ATTEND_FLOAT32 if full else _ATTEND[arch])[width],
         score_words=4,
-        score_parts=2 if arch.startswith("sm_") else 1,
+        score_parts=_parts(arch, score.block),
+        score_together=together,
         share=share,
     )
+
+
+def _parts(arch: str, keys: int) -> int:
+    """In how many parts of a product the keys of a subtile lie, so that a thread has many of one.
+
+    On NVIDIA a thread has two adjacent columns of every eight; before Hopper, and where its kind of
+    instruction is missing, two warps of four share a product's columns by eights, and of a subtile
+    a thread gets half. A fifth-generation matrix unit gives a thread whole rows, as AMD's give runs
+    of columns.
+    """
+    if arch == "sm_100" or not arch.startswith("sm_"):
+        return 1
+    return 8 if arch == "sm_90" else keys // 16
 
 
 def check_device(device: torch.device) -> None:

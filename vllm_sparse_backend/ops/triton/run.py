@@ -13,17 +13,20 @@ from vllm_sparse_backend.ops.tiles import Q_BLOCK, SUBTILE
 from vllm_sparse_backend.ops.triton import attend, compact, keys, score
 from vllm_sparse_backend.ops.triton.clock import Clock
 from vllm_sparse_backend.ops.triton.heads import HeadTable, Kind, heads_of
+from vllm_sparse_backend.ops.triton.kept import Codes, KeptCodes, capacity_of
 from vllm_sparse_backend.ops.triton.launch import (
     KEY_CHUNK,
+    WORD_KEYS,
     Launch,
     Shape,
     architecture,
     launch,
     padded,
 )
-from vllm_sparse_backend.ops.triton.work import SLOT_ROWS, WORD_KEYS, Work
+from vllm_sparse_backend.ops.triton.work import SLOT_ROWS, Work
 from vllm_sparse_backend.selection.estimate import KEY_CODES, QUERY_CODES
 
+SUMS_AT_ONCE: Final = 32  # of 128 keys each, in one `mean_keys` program
 LIST_BYTES: Final = 64 << 20  # of tile lists at a time; more q blocks go one wave after the other
 
 
@@ -87,19 +90,21 @@ def forward(
     scale: float,
     out: torch.Tensor,
     clock: Clock | None = None,
+    kept: KeptCodes | None = None,
 ) -> torch.Tensor:
     """Sparse attention of the requests in ``work`` into their rows of ``out``.
 
     ``q``, ``out`` [T, Hq, D] with adjacent channels; ``kv_cache`` [num_blocks, Hkv, N, 2*D] with
     any strides but a last of 1, N a multiple of 16; ``block_table`` int32 [R, max_blocks]. Rows of
     other requests are left alone. ``clock`` is told of the phases "pack", "select" and "attend".
+    ``kept``: this layer's codes, of work that was planned for them.
 
     Returns the tiles computed per q head, int64 [Hq], on the device; nothing waits for it. Raises
-    ValueError where `launch` has no entry for the shapes.
+    ValueError where `launch` has no entry for the shapes, and for codes that are not the work's.
     """
     call = Call(q, kv_cache, block_table, work, heads_of(table, q.device), scale)
     tiles = torch.zeros(call.num_heads, dtype=torch.int64, device=q.device)
-    mask = _score(call, clock)
+    mask = _score(call, kept, clock)
     blocks, row_bytes = len(work.blocks), 4 * call.num_heads * work.subtiles
     wave = max(1, min(blocks, LIST_BYTES // row_bytes))
     for first in range(0, blocks, wave):
@@ -129,6 +134,7 @@ def select(
     work: Work,
     table: PolicyTable,
     scale: float,
+    kept: KeptCodes | None = None,
 ) -> torch.Tensor:
     """The subtiles that `forward` computes, uint8 [Hq, B, subtiles] in the order of the q blocks.
 
@@ -136,7 +142,7 @@ def select(
     """
     call = Call(q, kv_cache, block_table, work, heads_of(table, q.device), scale)
     tiles = torch.zeros(call.num_heads, dtype=torch.int64, device=q.device)
-    lists, counts = _compact(call, _score(call, None), tiles, 0, len(work.blocks))
+    lists, counts = _compact(call, _score(call, kept, None), tiles, 0, len(work.blocks))
     real = torch.arange(work.subtiles, device=q.device) < counts[..., None]
     # What a list holds behind its end is anything.
     found = torch.zeros_like(lists, dtype=torch.uint8)
@@ -154,52 +160,56 @@ def _options(shape: Shape) -> dict[str, Any]:
     return {"num_warps": shape.warps, "num_stages": shape.stages, "enable_fp_fusion": True}
 
 
-def _score(call: Call, clock: Clock | None) -> torch.Tensor:
+def _score(call: Call, kept: KeptCodes | None, clock: Clock | None) -> torch.Tensor:
     """The scored tiles' bits, int32 [B, Hq, words]; see `score.score_tiles`."""
+    if call.work.kept != (kept is not None):
+        raise ValueError(f"kept: want codes that are kept or None as the work says, got {kept}")
     words = -(-call.work.subtiles // 32)
     mask = call.empty(len(call.work.blocks), call.num_heads, words, dtype=torch.int32).zero_()
     for bits in call.heads.bits:
         _mark(clock, "pack")
-        means, codes, steps = _quantize(call, bits)
+        codes = _codes(call) if kept is None else kept.by_bits[bits]
+        _quantize(call, bits, codes)
         _mark(clock, "select")
-        _score_bits(call, bits, means, codes, steps, mask)
+        _score_bits(call, bits, codes, mask)
     return mask
 
 
-def _quantize(call: Call, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The requests' keys as integers: their means, codes and steps; see `keys`."""
+def _codes(call: Call) -> Codes:
+    """Where keys become integers, for one step."""
+    work, dim = call.work, call.q.shape[2]
+    slots = sum(capacity_of(context) for _, context in work.lengths)
+    return Codes(
+        means=call.empty(len(work.spans), call.kv_heads, dim),
+        ints=call.empty(call.kv_heads, slots, dim, dtype=torch.int8),
+        steps=call.empty(call.kv_heads, slots // 16),
+    )
+
+
+def _quantize(call: Call, bits: int, codes: Codes) -> None:
+    """The requests' keys into ``codes``, those of them that the work says; see `keys`."""
     work, how = call.work, call.how
-    chunks, spans = len(work.chunks), len(work.spans)
-    dim = call.q.shape[2]
-    sums = call.empty(chunks, call.kv_heads, dim)
-    means = call.empty(spans, call.kv_heads, dim)
-    codes = call.empty(call.kv_heads, work.key_slots, dim, dtype=torch.int8)
-    steps = call.empty(call.kv_heads, work.key_slots // 16)
     options = _options(how.keys)
-    keys.sum_keys[(chunks, call.kv_heads)](
-        call.kv_cache, call.block_table, work.chunks, sums, *call.cache_strides,
-        KEYS=how.keys.block, **call.paged, **options,
-    )  # fmt: skip
-    keys.mean_keys[(spans, call.kv_heads)](sums, work.spans, means, **call.channels, **options)
-    keys.code_keys[(chunks, call.kv_heads)](
-        call.kv_cache, call.block_table, work.chunks, means, codes, steps, work.key_slots,
-        *call.cache_strides,
+    if len(work.means):
+        sums = call.empty(len(work.summed), call.kv_heads, call.q.shape[2])
+        keys.sum_keys[(len(work.summed), call.kv_heads)](
+            call.kv_cache, call.block_table, work.summed, sums, *call.cache_strides,
+            KEYS=how.keys.block, **call.paged, **options,
+        )  # fmt: skip
+        keys.mean_keys[(len(work.means), call.kv_heads)](
+            sums, work.means, codes.means, ROWS=SUMS_AT_ONCE, **call.channels, **options
+        )
+    keys.code_keys[(len(work.chunks), call.kv_heads)](
+        call.kv_cache, call.block_table, work.chunks, codes.means, codes.ints, codes.steps,
+        codes.ints.shape[1], *call.cache_strides,
         KEYS=how.keys.block, LIMIT=KEY_CODES[bits], **call.paged, **options,
     )  # fmt: skip
-    return means, codes, steps
 
 
-def _score_bits(
-    call: Call,
-    bits: int,
-    means: torch.Tensor,
-    codes: torch.Tensor,
-    steps: torch.Tensor,
-    mask: torch.Tensor,
-) -> None:
+def _score_bits(call: Call, bits: int, codes: Codes, mask: torch.Tensor) -> None:
     """Set the bits of the tiles that heads with such codes score above their threshold."""
     work, heads, how = call.work, call.heads, call.how
-    slots = work.slots(heads.tail, heads.slots)
+    slots = work.slots(heads.tail, heads.slots, how.score_together)
     share_rows = SLOT_ROWS * padded(how.share)
     programs, shares, words = len(slots), call.num_heads // how.share, mask.shape[2]
     row_codes = call.empty(programs, shares, share_rows, call.q.shape[2], dtype=torch.int8)
@@ -209,18 +219,18 @@ def _score_bits(
     )
     shared = {"GROUP": call.group, "SHARE": how.share, "SHARE_ROWS": share_rows, "BITS": bits}
     score.anchor_rows[(programs, shares)](
-        call.q, call.kv_cache, call.block_table, means, work.blocks, slots,
+        call.q, call.kv_cache, call.block_table, codes.means, work.blocks, work.spans, slots,
         heads.ints, heads.floats, row_codes, slopes, biases, call.scale,
         *call.q.stride()[:2], *call.cache_strides,
         LIMIT=QUERY_CODES[bits], KEYS=how.anchor.block,
         **shared, **call.paged, **_options(how.anchor),
     )  # fmt: skip
-    score.score_tiles[(programs, shares, -(-words // how.score_words))](
-        codes, steps, row_codes, slopes, biases, slots, work.blocks, heads.ints, mask,
-        work.key_slots, words,
+    score.score_tiles[(programs // how.score_together, shares, -(-words // how.score_words))](
+        codes.ints, codes.steps, row_codes, slopes, biases, slots, work.blocks, heads.ints, mask,
+        codes.ints.shape[1], words,
         HEADS=call.num_heads, BLOCK_N=how.score.block, WORDS=how.score_words,
         HAS_SALE=Kind.SALE in heads.kinds, HAS_MASS=Kind.MASS in heads.kinds,
-        WIDE=heads.wide, PARTS=how.score_parts,
+        WIDE=heads.wide, PARTS=how.score_parts, TOGETHER=how.score_together,
         **shared, **call.channels, **_options(how.score),
     )  # fmt: skip
 

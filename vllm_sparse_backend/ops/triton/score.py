@@ -3,7 +3,7 @@
 The rule is that of `selection.sale` and `selection.mass`. A program serves up to eight q heads that
 read one kv head (SHARE of its GROUP): their scored rows make one matrix. What is left for each tile
 after the integer product is a maximum (or, for `mass`, a sum of cheap exponentials) over its 16
-keys and a fused multiply-add: the threshold and the row's product with the mean key are in the
+keys, its step and a comparison: the threshold and the row's product with the mean key are in the
 row's own bias, and no key needs a mask, since whatever the scan covers beyond the tiles that are to
 be judged are tiles which are computed anyway.
 """
@@ -37,7 +37,7 @@ def local_start(start, local, tile):
 
 @triton.jit(do_not_specialize=["stride_table"], do_not_specialize_on_alignment=["block_table"])
 def anchor_rows(
-    q, cache, block_table, means, blocks, slots, ints, floats,
+    q, cache, block_table, means, blocks, spans, slots, ints, floats,
     codes, slopes, biases, scale,
     stride_q_token, stride_q_head,
     stride_block, stride_head, stride_token, stride_table,
@@ -60,6 +60,7 @@ def anchor_rows(
     request = tl.load(at).to(tl.int64)
     start, first, end = tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
     query_row, context, span = tl.load(at + 4), tl.load(at + 5), tl.load(at + 7).to(tl.int64)
+    place, prompt = tl.load(spans + span * 2).to(tl.int64), tl.load(spans + span * 2 + 1)
 
     row = tl.arange(0, SHARE_ROWS)
     member, lane = row // 16, row % 16
@@ -81,7 +82,7 @@ def anchor_rows(
     position = start + tl.where(whole != 0, place_of(i, count), i)
     sampled_i = (2 * i * (count - 1) + 63) // 126  # the sampled row that is nearest to place i
     pattern = place_of(sampled_i, count) == i
-    pattern |= (position >= context - tail) | (position == first) | (position == end - 1)
+    pattern |= (position >= prompt - tail) | (position == first) | (position == end - 1)
     scored = tl.where(whole != 0, i < count, pattern)
     scored &= scores & (position >= first) & (position < end)
 
@@ -123,7 +124,7 @@ def anchor_rows(
     tau *= tl.exp2(slope * tl.log2((start + 64) / 8192.0))
     threshold = best + tl.log(tl.where(scored, tau * total, 1.0))
     mean = tl.load(
-        means + (span * (tl.num_programs(1) * SHARE // GROUP) + kv_head) * D + channel,
+        means + (place * (tl.num_programs(1) * SHARE // GROUP) + kv_head) * D + channel,
         mask=channel < D,
         other=0.0,
     )
@@ -153,7 +154,7 @@ def mass_of(products, unit, bias):
     bias = bias * (LOG2_E * ONE_OCTAVE) + 127.0 * ONE_OCTAVE
     bits = products.to(tl.float32) * unit[:, None, :, None] + bias[:, None, None, None]
     bits = tl.minimum(tl.maximum(bits, 0.0), 250.0 * ONE_OCTAVE).to(tl.int32)  # 2^123 at most
-    return tl.sum(tl.sum(bits.to(tl.float32, bitcast=True), 3), 1)
+    return tl.sum(tl.sum(bits.to(tl.float32, bitcast=True), 1), 2)
 
 
 @triton.jit
@@ -169,8 +170,9 @@ def score_tiles(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BITS: tl.constexpr,
     BLOCK_N: tl.constexpr, WORDS: tl.constexpr,
     HAS_SALE: tl.constexpr, HAS_MASS: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr,
+    TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    """One program: WORDS * 512 keys for the rows of one `anchor_rows` program.
+    """One program: WORDS * 512 keys for the rows of TOGETHER `anchor_rows` programs of one request.
 
     Sets in int32 ``mask`` [B, Hq, words] bit j of word w where subtile 32 w + j is to be computed.
     A `sale` tile of more than 16 keys is the union of its subtiles, which `compact` makes; the
@@ -178,80 +180,91 @@ def score_tiles(
     """
     program, share = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     kv_head = share * SHARE // GROUP
-    block = tl.load(slots + program * 3).to(tl.int64)
-    start, context = tl.load(blocks + block * 8 + 1), tl.load(blocks + block * 8 + 5)
-    base = tl.load(blocks + block * 8 + 6).to(tl.int64)
+    any_block = tl.load(slots + program * TOGETHER * 3).to(tl.int64)
+    base = tl.load(blocks + any_block * 8 + 6).to(tl.int64)  # one request's, of all of them
 
-    MEMBERS: tl.constexpr = SHARE_ROWS // 16
-    of = ints + (share * SHARE + tl.arange(0, MEMBERS)) * 8
-    real = tl.arange(0, MEMBERS) < SHARE
+    ROWS: tl.constexpr = TOGETHER * SHARE_ROWS
+    # A member: a head of one of those TOGETHER, 16 rows.
+    MEMBERS: tl.constexpr = ROWS // 16
+    member = tl.arange(0, MEMBERS)
+    own = member % (SHARE_ROWS // 16)
+    block = tl.load(slots + (program * TOGETHER + member // (SHARE_ROWS // 16)) * 3).to(tl.int64)
+    start, context = tl.load(blocks + block * 8 + 1), tl.load(blocks + block * 8 + 5)
+    of = ints + (share * SHARE + own) * 8
+    real = own < SHARE
     scores = (tl.load(of, mask=real, other=0) >= SALE) & (
         tl.load(of + 7, mask=real, other=0) == BITS
     )
     scores &= tl.load(of + 6, mask=real, other=0) <= context
     tile = tl.load(of + 3, mask=real, other=16)
     sink = tl.load(of + 1, mask=real, other=0)
-    stop = local_start(start, tl.load(of + 2, mask=real, other=0), tile)
-    stop = tl.max(tl.where(scores, stop, 0))
+    stops = local_start(start, tl.load(of + 2, mask=real, other=0), tile)
+    stop = tl.max(tl.where(scores, stops, 0))
     lowest = tl.min(tl.where(scores, sink, stop))
     first_word = tl.maximum(tl.program_id(2) * WORDS, lowest // 512)
     last_word = tl.minimum((tl.program_id(2) + 1) * WORDS, tl.cdiv(stop, 512))
 
-    row = tl.arange(0, SHARE_ROWS)
+    row = tl.arange(0, ROWS)
     channel = tl.arange(0, BLOCK_D)
-    in_rows = (program * tl.num_programs(1) + share) * SHARE_ROWS + row
+    in_rows = program * TOGETHER + row // SHARE_ROWS
+    in_rows = (in_rows * tl.num_programs(1) + share) * SHARE_ROWS + row % SHARE_ROWS
     queries = tl.load(
         row_codes + in_rows[:, None] * D + channel[None, :], mask=(channel < D)[None, :], other=0
     )  # int8 [M, BLOCK_D]
     slope, bias = tl.load(slopes + in_rows), tl.load(biases + in_rows)
     if HAS_MASS:
-        head = share * SHARE + row // 16
-        kind = tl.load(ints + head * 8, mask=row // 16 < SHARE, other=0)
-        row_tile = tl.load(ints + head * 8 + 3, mask=row // 16 < SHARE, other=16)
+        row_of = row % SHARE_ROWS // 16
+        row_at = ints + (share * SHARE + row_of) * 8
+        kind = tl.load(row_at, mask=row_of < SHARE, other=0)
+        row_tile = tl.load(row_at + 3, mask=row_of < SHARE, other=16)
 
     N: tl.constexpr = BLOCK_N // 16  # subtiles of one product
-    # In two PARTS, of a subtile's 16 keys 8 are columns in the first half of a product and 8 in the
-    # second, at the same place: where warps share a product's columns by eights, as NVIDIA's do,
-    # each has whole subtiles.
+    # The keys of a subtile lie in PARTS of a product's columns, at the same place in each: where a
+    # thread has but a few adjacent columns of many, as NVIDIA's have, they are then of one subtile.
     WIDTH: tl.constexpr = BLOCK_N // PARTS
     RUN: tl.constexpr = 16 // PARTS
     column = tl.arange(0, BLOCK_N)
     key_lane = column % WIDTH // RUN * 16 + column // WIDTH * RUN + column % RUN
-    step_at = key_steps + kv_head * (key_slots // 16) + base // 16 + tl.arange(0, N)
+    # Slots are multiples of 512, which lets steps be read four at a time.
+    step_at = key_steps + tl.multiple_of(kv_head * (key_slots // 16) + base // 16, 32)
     key_at = key_codes + (kv_head * key_slots + base) * D
+    places = key_lane[None, :] * D + channel[:, None]
+    # What a key's product must exceed, in units of its step. Where a row is all zeros, any or none.
+    least = tl.div_rn(-bias, slope)
+    flag = (1 << tl.arange(0, N))[None, :]
     for word in range(first_word, last_word):
-        bits = tl.zeros([SHARE_ROWS, N], tl.int32)
-        for part in range(512 // BLOCK_N):
-            key = word * 512 + part * BLOCK_N
-            at = (key + key_lane)[None, :] * D + channel[:, None]
+        bits = tl.zeros([ROWS, N], tl.int32)
+        for part in range(512 // BLOCK_N):  # from the last: each moves the bits of those before
+            key = word * 512 + 512 - BLOCK_N - part * BLOCK_N
+            at = key_at + key * D + places
             if BLOCK_D == D:
-                keys = tl.load(key_at + at)
+                keys = tl.load(at)
             else:
-                keys = tl.load(key_at + at, mask=(channel < D)[:, None], other=0)
+                keys = tl.load(at, mask=(channel < D)[:, None], other=0)
             product = tl.dot(queries, keys, out_dtype=tl.int32)  # [M, BLOCK_N]
-            step = tl.load(step_at + key // 16)
-            groups = tl.reshape(product, [SHARE_ROWS, PARTS, N, 16 // PARTS])
-            unit = slope[:, None] * step[None, :]
-            keep = tl.zeros([SHARE_ROWS, N], tl.int1)
+            step = tl.load(step_at + tl.multiple_of(key // 16, BLOCK_N // 16) + tl.arange(0, N))
+            groups = tl.reshape(product, [ROWS, PARTS, N, 16 // PARTS])
+            keep = tl.zeros([ROWS, N], tl.int1)
             if HAS_SALE:
-                excess = unit * tl.max(tl.max(groups, 3), 1).to(tl.float32) + bias[:, None]
-                keep = ~(excess <= 0)
+                best = tl.max(tl.max(groups, 1), 2).to(tl.float32)
+                keep = ~(best * step[None, :] <= least[:, None])
             if HAS_MASS:
+                unit = slope[:, None] * step[None, :]
                 mass = mass_of(groups, unit, bias)  # [M, N]
                 if WIDE:
-                    pair = tl.sum(tl.reshape(mass, [SHARE_ROWS, N // 2, 2]), 2)
-                    quad = tl.sum(tl.reshape(pair, [SHARE_ROWS, N // 4, 2]), 2)
-                    pair = _repeat(pair, SHARE_ROWS, N // 2, 2)
-                    quad = _repeat(quad, SHARE_ROWS, N // 4, 4)
+                    pair = tl.sum(tl.reshape(mass, [ROWS, N // 2, 2]), 2)
+                    quad = tl.sum(tl.reshape(pair, [ROWS, N // 4, 2]), 2)
+                    pair = _repeat(pair, ROWS, N // 2, 2)
+                    quad = _repeat(quad, ROWS, N // 4, 4)
                     wide = tl.where(row_tile[:, None] == 32, pair, quad)
                     mass = tl.where(row_tile[:, None] == 16, mass, wide)
                 # Where an input was not finite, a group's unit or a row's bias is NaN.
                 unknown = ~((unit >= 0) & (unit < float("inf")) & (bias == bias)[:, None])
                 keep = tl.where(kind[:, None] == MASS, (mass > 1) | unknown, keep)
-            bits |= keep.to(tl.int32) << (part * N + tl.arange(0, N))[None, :]
+            bits = bits * (1 << N) + tl.where(keep, flag, 0)
         bits = tl.reduce(bits, 1, _either)
         bits = tl.reduce(tl.reshape(bits, [MEMBERS, 16]), 1, _either)
-        out = (block * HEADS + share * SHARE + tl.arange(0, MEMBERS)) * words + word
+        out = (block * HEADS + share * SHARE + own) * words + word
         tl.atomic_or(mask + out, bits, mask=real & scores)
 
 
