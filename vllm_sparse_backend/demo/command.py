@@ -114,7 +114,7 @@ def demo(
             lengths=None if lengths is None else parse_lengths(lengths),
             quick=quick,
             threads=threads,
-            sparse_config=_sparse_config(profile, policy),
+            sparse_config=read_sparse_config(profile, policy),
             chunk_tokens=chunk_tokens,
             dtype=dtype,
             hf_overrides=json_object(hf_overrides, "--hf-overrides"),
@@ -126,7 +126,7 @@ def demo(
         from vllm_sparse_backend.demo.run import run
 
         warn_if_busy()
-        with _terminated_like_interrupted():
+        with terminated_like_interrupted():
             results = run(plan, output, repeat=_repeat())
         data, page = write_report(results, output)
         if json:
@@ -173,7 +173,7 @@ def serve_demo(
             lengths=None if length is None else [length],
             quick=True,
             threads=threads,
-            sparse_config=_sparse_config(profile, policy),
+            sparse_config=read_sparse_config(profile, policy),
             chunk_tokens=chunk_tokens,
             dtype=dtype,
             hf_overrides=json_object(hf_overrides, "--hf-overrides"),
@@ -184,7 +184,7 @@ def serve_demo(
 
         if not is_free(port):  # or we would take another server's answers for ours
             raise Refused(f"--port: {port} is taken; name another one")
-        with _terminated_like_interrupted():
+        with terminated_like_interrupted():
             serve(plan, output, port)
 
 
@@ -212,7 +212,8 @@ def _plan(
     )
 
 
-def _sparse_config(profile: Path | None, policy: str | None) -> dict[str, Any]:
+def read_sparse_config(profile: Path | None, policy: str | None) -> dict[str, Any]:
+    """The section that --profile or --policy stands for. Raises Refused and ProfileError."""
     if profile is not None and policy is not None:
         raise Refused("--profile and --policy: want one of them, not both")
     if profile is not None:
@@ -228,7 +229,7 @@ def _repeat() -> str:
 
 
 @contextmanager
-def _terminated_like_interrupted() -> Iterator[None]:
+def terminated_like_interrupted() -> Iterator[None]:
     """SIGTERM ends what we started, too, as Ctrl-C does: servers have a session of their own."""
 
     def interrupt(number: int, frame: FrameType | None) -> NoReturn:
