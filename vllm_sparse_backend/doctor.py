@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import sys
 from collections.abc import Iterator
 from importlib import metadata
@@ -137,8 +136,8 @@ def examine(model: str | None = None, profile: str | None = None) -> Diagnosis:
 
 def _advice() -> list[str]:
     """What would make prefill on CPU faster, and is for whoever starts the server to set."""
-    asked = os.environ.get("THP_MEM_ALLOC_ENABLE") == "1"
-    if asked or not HUGE_PAGES.is_file() or "[madvise]" not in HUGE_PAGES.read_text():
+    open_to_all = HUGE_PAGES.is_file() and "[madvise]" in HUGE_PAGES.read_text()
+    if config.asks_for_huge_pages() or not open_to_all:
         return []
     return [
         "THP_MEM_ALLOC_ENABLE=1 in the server's environment has torch use huge pages, which "
