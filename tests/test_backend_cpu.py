@@ -359,7 +359,7 @@ def test_ranks_do_not_count_the_same_tokens_twice() -> None:
         before = read_totals(worker.counters.path.parent).values.get(
             ("layer_tokens", "dense", "mla")
         )
-        worker.count_dense(DenseReason.MLA, 5)
+        worker.count_dense(DenseReason.MLA, 5, 1)
         after = read_totals(worker.counters.path.parent).values[("layer_tokens", "dense", "mla")]
         assert after - (before or 0) == want
 

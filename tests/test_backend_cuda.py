@@ -112,6 +112,7 @@ class Marks:
         table: Any,
         scale: float,
         out: torch.Tensor,
+        kept: Any = None,
     ) -> torch.Tensor:
         for _, _, first, end, row, *_ in work.blocks.tolist():
             out[row : row + end - first] += 100
@@ -172,12 +173,12 @@ def test_every_row_has_one_place_with_the_metadata_of_its_run_alone(
         return
     assert isinstance(metadata, MixedMetadata)
     assert metadata.plan.core == wanted
-    lengths = [pair for work in metadata.works for pair in work.lengths]
+    lengths = [pair for _, work in metadata.works for pair in work.lengths]
     assert lengths == [(ordered[r].rows, ordered[r].context) for r in wanted]
 
     starts = common.query_start_loc.tolist()
     places = np.zeros(sum(it.rows for it in ordered), dtype=int)
-    blocks = [block for work in metadata.works for block in work.blocks.tolist()]
+    blocks = [block for _, work in metadata.works for block in work.blocks.tolist()]
     for _, _, first, end, row, *_ in blocks:
         places[row : row + end - first] += 1
     for rows, own in metadata.parts:
@@ -388,17 +389,23 @@ def test_counts_are_read_only_once_they_have_arrived() -> None:
         tally.add("a", torch.tensor([tiles, tiles]))
         tally.add("b", torch.tensor([tiles]))  # of 32 keys: two units each
 
-    assert tally.take() == 0 and stream.recorded == 0
+    def taken() -> list[int]:
+        tiles = tally.take()
+        return [count for layer in ("a", "b") for count in tiles[layer].tolist()] if tiles else []
+
+    assert taken() == [] and stream.recorded == 0
     stream.arrived = False
     step(1)
-    assert (stream.recorded, tally.take()) == (1, 0)
+    assert (stream.recorded, taken()) == (1, [])
     step(10)  # the device is behind: no second copy is started
     assert stream.recorded == 1
     stream.arrived = True
-    assert tally.take() == 4  # of the first step; the second's copy starts
-    assert (stream.recorded, tally.take(), tally.take()) == (2, 40, 0)
+    assert taken() == [1, 1, 2]  # of the first step; the second's copy starts
+    assert (stream.recorded, taken(), taken()) == (2, [10, 10, 20], [])
     step(100)
-    assert (stream.recorded, tally.take()) == (3, 400)
+    assert (stream.recorded, taken()) == (3, [100, 100, 200])
+    tally.add("b", torch.tensor([1]))
+    assert list(tally.take()) == ["b"]
 
 
 REASONS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [

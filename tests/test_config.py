@@ -27,10 +27,12 @@ from vllm_sparse_backend.selection import DENSE, Sale
 VALUES: dict[str, tuple[Any, str, Any]] = {
     "enabled": (False, "false", False),
     "profile": ("/some/file.json", "/some/file.json", "/some/file.json"),
+    "profile_digest": (f"sha256:{'ab' * 32}", f"sha256:{'ab' * 32}", f"sha256:{'ab' * 32}"),
     "policy": ({"selector": "dense"}, '{"selector": "dense"}', DENSE),
     "min_prompt_tokens": (77, "77", 77),
     "min_query_tokens": (5, "5", 5),
     "dense_core": (False, "false", False),
+    "kept_prompts": (2, "2", 2),
     "cpu_isa": ("avx2", "avx2", "avx2"),
 }
 

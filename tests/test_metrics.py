@@ -10,8 +10,10 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.parser import text_string_to_metric_families
 
 from vllm_sparse_backend.backend.plan import DenseReason
@@ -20,9 +22,12 @@ from vllm_sparse_backend.metrics.counters import (
     ATTEND,
     CAUSAL,
     COMPUTED,
+    DENSE_ESTIMATE,
     KEPT,
+    LAYER_TILES,
     SELECT,
     SPARSE,
+    decisions,
     dense,
 )
 from vllm_sparse_backend.metrics.prometheus import INFO_LABELS, Collector
@@ -35,6 +40,11 @@ def scrape(directory: Path) -> dict[tuple[str, tuple[str, ...]], float]:
     """What a Prometheus server would read: by sample name and label values in order."""
     registry = CollectorRegistry()
     registry.register(Collector(directory))
+    return samples_of(registry)
+
+
+def samples_of(registry: CollectorRegistry) -> dict[tuple[str, tuple[str, ...]], float]:
+    """What a registry exports, read back."""
     text = generate_latest(registry).decode()
     return {
         (sample.name, tuple(sample.labels[name] for name in sorted(sample.labels))): sample.value
@@ -47,7 +57,7 @@ def test_counters_add_up_and_are_read_at_any_time(tmp_path: Path) -> None:
     own = Counters(tmp_path, REASONS, INFO)
     totals = read_totals(tmp_path)
     assert set(totals.values.values()) == {0.0}
-    assert len(totals.values) == 2 + len(REASONS) + 4
+    assert len(totals.values) == 2 * (2 + len(REASONS)) + 5
     assert totals.infos == [INFO]
     assert totals.summary() == "no tokens were computed"
     own.add(SPARSE, 3)
@@ -70,6 +80,34 @@ def test_one_process_may_have_several_engines(tmp_path: Path) -> None:
     assert read_totals(tmp_path).values[SPARSE] == 3
 
 
+def test_tiles_of_heads_are_the_whole_models_whoever_counts_them(tmp_path: Path) -> None:
+    ranks = [Counters(tmp_path, REASONS, INFO, shape=(3, 4)) for _ in range(2)]
+    for rank, own in enumerate(ranks):
+        cells = 4 + 2 * rank + np.arange(2)  # two heads each of layer 1
+        for _ in range(2):
+            own.add_tiles(0, cells, np.array([1, 2]))
+            own.add_tiles(1, cells, np.array([10, 10**13]))
+    totals = read_totals(tmp_path)
+    assert totals.workers == 2 and totals.unreadable == 0
+    assert totals.tiles[0].tolist() == [[0] * 4, [2, 4, 2, 4], [0] * 4]
+    assert totals.tiles[1, 1].tolist() == [20, 2 * 10**13] * 2
+    assert dict(totals.of(LAYER_TILES))[("1", "causal")] == 40 + 4 * 10**13
+    # Another engine of the process, with a model of another shape.
+    Counters(tmp_path, REASONS, INFO, shape=(1, 9)).add_tiles(0, np.array([8]), np.array([5]))
+    tiles = read_totals(tmp_path).tiles
+    assert tiles.shape == (2, 3, 9)
+    assert tiles[0, 0, 8] == 5 and tiles[0, 1].sum() == 12
+
+
+def test_heads_that_nobody_counts_take_no_space(tmp_path: Path) -> None:
+    own = Counters(tmp_path, REASONS, INFO, shape=(1024, 1024))
+    own.add_tiles(1, np.array([1024 * 1024 - 1]), np.array([1]))
+    status = own.path.stat()
+    assert status.st_size > 16 << 20
+    assert status.st_blocks * 512 < 1 << 20
+    assert read_totals(tmp_path).tiles[1, 1023, 1023] == 1
+
+
 def test_a_header_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="header: want at most 8192 bytes, got"):
         Counters(tmp_path, REASONS, {"profile": "x" * 9000})
@@ -78,12 +116,14 @@ def test_a_header_that_does_not_fit_is_refused(tmp_path: Path) -> None:
 WORKER = """
 import sys, os, signal
 from pathlib import Path
+import numpy as np
 from vllm_sparse_backend.metrics import Counters
 from vllm_sparse_backend.metrics.counters import SPARSE, COMPUTED
 number = int(sys.argv[2])
 own = Counters(Path(sys.argv[1]), ["decode"], {"isa": f"isa{number % 2}", "profile": "p",
-                                               "digest": "d", "version": "0"})
+                                               "digest": "d", "version": "0"}, shape=(2, 3))
 for _ in range(1000):
+    own.add_tiles(0, np.array([4]), np.array([number]))
     own.add(SPARSE, number)
     own.add(COMPUTED, 0.5)
 os.kill(os.getpid(), signal.SIGKILL)  # what was counted outlives a worker that is killed
@@ -101,6 +141,7 @@ def test_several_processes_one_of_which_after_another_is_killed(tmp_path: Path) 
     totals = read_totals(tmp_path)
     assert totals.values[SPARSE] == 6000
     assert totals.values[COMPUTED] == 1500
+    assert totals.tiles[0].tolist() == [[0, 0, 0], [0, 6000, 0]]
     assert sorted(info["isa"] for info in totals.infos) == ["isa0", "isa1"]
 
 
@@ -129,8 +170,13 @@ def test_files_that_cannot_be_read_are_left_out(tmp_path: Path) -> None:
 
 def test_metrics_as_prometheus_reads_them(tmp_path: Path) -> None:
     assert scrape(tmp_path) == {}
-    own = Counters(tmp_path, REASONS, INFO)
+    expected = {"4096": 0.43, "8192": 0.35}
+    own = Counters(tmp_path, REASONS, INFO, shape=(2, 3), expected=expected)
+    own.add_tiles(0, np.array([3, 5]), np.array([4, 5]))
+    own.add_tiles(1, np.array([3, 5]), np.array([40, 50]))
     own.add(SPARSE, 12)
+    own.add(decisions(SPARSE), 3)
+    own.add(DENSE_ESTIMATE, 4.5)
     own.add(KEPT, 6)
     own.add(dense("decode"), 5)
     for key, amount in ((COMPUTED, 30), (CAUSAL, 100), (SELECT, 0.5), (ATTEND, 1.5)):
@@ -143,6 +189,16 @@ def test_metrics_as_prometheus_reads_them(tmp_path: Path) -> None:
     name = "vllm:sparse_prefill_layer_tokens_total"
     assert samples.pop((name, ("sparse", ""))) == 12
     assert samples.pop((name, ("keep_all", "short_context"))) == 6
+    of_decisions = "vllm:sparse_prefill_layer_decisions_total"
+    assert samples.pop((of_decisions, ("sparse", ""))) == 3
+    assert samples.pop((of_decisions, ("keep_all", "short_context"))) == 0
+    for reason in REASONS:
+        assert samples.pop((of_decisions, ("dense", reason))) == 0
+    of_layers = "vllm:sparse_prefill_layer_tiles_total"
+    for kind, of_layer in (("computed", [0, 9]), ("causal", [0, 90])):
+        assert [samples.pop((of_layers, (kind, str(n)))) for n in range(2)] == of_layer
+    for tokens, density in expected.items():
+        assert samples.pop(("vllm:sparse_prefill_profile_density", (tokens,))) == density
     assert samples.pop((name, ("dense", "decode"))) == 5
     for reason in set(REASONS) - {"decode"}:
         assert samples.pop((name, ("dense", reason))) == 0
@@ -151,7 +207,51 @@ def test_metrics_as_prometheus_reads_them(tmp_path: Path) -> None:
         ("vllm:sparse_prefill_tiles_total", ("causal",)): 100,
         ("vllm:sparse_prefill_seconds_total", ("select",)): 0.5,
         ("vllm:sparse_prefill_seconds_total", ("attend",)): 1.5,
+        ("vllm:sparse_prefill_dense_estimate_seconds_total", ()): 4.5,
     }
+
+
+MIRRORED = """
+import sys
+from pathlib import Path
+import numpy as np
+from vllm_sparse_backend.metrics import Counters
+from vllm_sparse_backend.metrics.counters import (
+    ATTEND, CAUSAL, COMPUTED, DENSE_ESTIMATE, KEPT, SELECT, SPARSE, decisions, dense)
+from vllm_sparse_backend.metrics.prometheus import mirror_if_needed
+info = {"isa": "avx2", "profile": "p", "digest": "d", "version": "0"}
+expected = {"4096": 0.5}
+mirror = mirror_if_needed(info, expected)
+assert mirror is not None
+own = Counters(Path(sys.argv[1]), ["decode"], info, mirror, shape=(2, 4), expected=expected)
+for key in (SPARSE, KEPT, dense("decode")):
+    own.add(key, 3)
+    own.add(decisions(key), 2)
+for key in (ATTEND, CAUSAL, COMPUTED, DENSE_ESTIMATE, SELECT):
+    own.add(key, 1.5)
+for kind in range(2):
+    own.add_tiles(kind, np.array([1, 5, 6]), np.array([1, 2, 3]) + kind)
+    own.add_tiles(kind, np.array([3]), np.array([7]))
+"""
+
+
+def test_several_api_servers_see_what_one_would(tmp_path: Path) -> None:
+    files, ours = tmp_path / "multiprocess", tmp_path / "session"
+    for folder in (files, ours):
+        folder.mkdir()
+    for _ in range(2):  # workers that are gone by the time of the scrape
+        subprocess.run(
+            [sys.executable, "-c", MIRRORED, str(ours)],
+            env={**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(files)},
+            check=True,
+        )
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry, path=str(files))
+    mirrored = samples_of(registry)
+    assert {key: value for key, value in scrape(ours).items() if value} == mirrored
+    assert mirrored[("vllm:sparse_prefill_layer_tiles_total", ("causal", "0"))] == 2 * (2 + 7)
+    assert mirrored[("vllm:sparse_prefill_layer_tiles_total", ("computed", "1"))] == 2 * 5
+    assert mirrored[("vllm:sparse_prefill_profile_density", ("4096",))] == 0.5
 
 
 def test_the_last_line(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from vllm_sparse_backend.backend.plan import (
     make_plan,
     why_dense,
 )
+from vllm_sparse_backend.control import DEFAULT, Setting
 
 CORE = Capabilities(head_dims=(64, 128), dtypes=("bfloat16", "float32"), kv_layouts=("vec", "amx"))
 PLAIN = LayerTraits(head_dim=64, dtype="bfloat16")
@@ -103,6 +104,12 @@ def test_the_requests_of_one_step() -> None:
             DenseReason.SHORT_QUERY: 63,
             DenseReason.SHORT_CONTEXT: 64,
         },
+        sparse_requests=2,
+        dense_requests={
+            DenseReason.DECODE: 3,
+            DenseReason.SHORT_QUERY: 1,
+            DenseReason.SHORT_CONTEXT: 1,
+        },
     )
     assert plan.tokens == sum(rows)
 
@@ -123,6 +130,11 @@ def test_short_contexts_that_the_core_computes() -> None:
             DenseReason.SHORT_QUERY: 63,
             DenseReason.SHORT_CONTEXT: 64,
         },
+        sparse_requests=1,
+        kept=[(64, 256)],
+        dense_requests=dict.fromkeys(
+            (DenseReason.DECODE, DenseReason.SHORT_QUERY, DenseReason.SHORT_CONTEXT), 1
+        ),
     )
     assert plan.tokens == sum(rows)
 
@@ -205,3 +217,76 @@ def test_a_decision_depends_on_its_request_alone(requests: list[Request], told: 
     for reason in REQUEST_REASONS:
         wanted = sum(plan.dense_tokens.get(reason, 0) for plan in alone)
         assert together.dense_tokens.get(reason, 0) == wanted
+
+
+# What requests ask for
+
+OFF = Setting(off=True)
+ASKED = st.sampled_from([DEFAULT, OFF, Setting(threshold_scale=0.5), Setting(threshold_scale=2.0)])
+
+
+def test_the_requests_of_one_step_ask_for_different_things() -> None:
+    #       decode, short query, short, sparse, off, scaled, off, kept, off, scaled
+    rows = [1, 63, 64, 100, 100, 100, 64, 64, 1, 80]
+    context = [9000, 9000, 255, 2048, 2048, 5000, 256, 256, 5000, 3000]
+    scaled = Setting(threshold_scale=2.0)
+    asked = [OFF, OFF, OFF, DEFAULT, OFF, scaled, OFF, scaled, OFF, scaled]
+    plan = make_plan(
+        np.concatenate(([0], np.cumsum(rows))),
+        context,
+        min_query_tokens=64,
+        min_prompt_tokens=2048,
+        core_from=256,
+        settings=asked,
+    )
+    assert plan.core == [3, 5, 7, 9]
+    assert plan.scaled == {2.0: [5, 9]}
+    assert plan.calls == [(1.0, [3, 7]), (2.0, [5, 9])]
+    assert (plan.sparse_tokens, plan.kept_tokens) == (280, 64)
+    # What would have been dense anyway keeps its reason.
+    assert plan.dense_tokens == {
+        DenseReason.DECODE: 2,
+        DenseReason.SHORT_QUERY: 63,
+        DenseReason.SHORT_CONTEXT: 64,
+        DenseReason.REQUEST_OFF: 164,
+    }
+    assert plan.tokens == sum(rows)
+
+
+@budget(max_examples=300, deadline=None, derandomize=True)
+@given(
+    st.lists(st.tuples(st.sampled_from([0, 1, 63, 64, 300]), st.sampled_from([0, 1984, 9000]))),
+    st.lists(ASKED, max_size=12),
+    st.sampled_from([None, 64, 2048]),
+)
+def test_every_request_gets_what_it_asks_for(
+    requests: list[tuple[int, int]], asked: list[Setting], core_from: int | None
+) -> None:
+    asked = asked[: len(requests)]
+    starts = np.concatenate(([0], np.cumsum([rows for rows, _ in requests]))).astype(int)
+    context = [rows + before for rows, before in requests]
+
+    def planned(settings: list[Setting]) -> Plan:
+        return make_plan(
+            starts,
+            context,
+            min_query_tokens=64,
+            min_prompt_tokens=2048,
+            core_from=core_from,
+            settings=settings,
+        )
+
+    plain, plan = planned([]), planned(asked)
+    told = asked + [DEFAULT] * (len(requests) - len(asked))
+    assert plan.core == [r for r in plain.core if not told[r].off]
+    assert sorted(r for _, these in plan.calls for r in these) == plan.core
+    for scale, these in plan.calls:
+        assert these == sorted(set(these)) and these
+        for r in these:
+            sparse = context[r] >= 2048
+            assert scale == (told[r].threshold_scale if sparse else 1.0)
+    off = sum(requests[r][0] for r in plain.core if told[r].off)
+    assert plan.dense_tokens.get(DenseReason.REQUEST_OFF, 0) == off
+    for reason in (DenseReason.DECODE, DenseReason.SHORT_QUERY, DenseReason.SHORT_CONTEXT):
+        assert plan.dense_tokens.get(reason) == plain.dense_tokens.get(reason)
+    assert plan.tokens == plain.tokens == starts[-1]

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -173,6 +174,13 @@ def test_the_counters_are_at_metrics(server: Server) -> None:
     info = [name for name in after if name.startswith("vllm:sparse_prefill_info")]
     assert len(info) == 1
     assert 'profile="uniform"' in info[0]
+
+
+@pytest.mark.parametrize("path", ["/sparse_prefill/", "/sparse_prefill/status"])
+def test_there_is_no_live_page_unless_asked_for(server: Server, path: str) -> None:
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        server.get(path)  # VLLM_PLUGINS does not name it; see test_live_page.py
+    assert "sparse_prefill" not in server.get("/openapi.json")
 
 
 def test_the_end_is_a_summary(server: Server) -> None:  # the last: it ends the server

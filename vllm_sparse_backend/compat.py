@@ -19,7 +19,6 @@ from vllm_sparse_backend.errors import SparsePrefillError
 from vllm_sparse_backend.profile import ModelFacts, architecture_digest
 
 if TYPE_CHECKING:
-    import torch
     from vllm.config import ModelConfig, VllmConfig
 
 SUPPORTED = ">=0.32,<0.34"
@@ -232,42 +231,6 @@ def model_facts(model: ModelConfig) -> ModelFacts:
     return facts.model_copy(update={"digest": digest})
 
 
-_prompts: torch.Tensor | None = None  # of the batch that model runner V1 builds metadata for
-
-
-def watch_prompts() -> None:
-    """Have model runner V1 tell `prompt_lens` of its batches, once.
-
-    vLLM tells attention how much of a prompt there is so far, and not how long it is.
-    """
-    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-
-    build = GPUModelRunner._build_attention_metadata
-    if hasattr(build, _WRAPPED):
-        return
-
-    @functools.wraps(build)
-    def build_attention_metadata(self: Any, *arguments: Any, **named: Any) -> Any:
-        global _prompts  # noqa: PLW0603
-        _prompts = self.input_batch.num_prompt_tokens_cpu_tensor
-        try:
-            return build(self, *arguments, **named)
-        finally:
-            _prompts = None
-
-    setattr(build_attention_metadata, _WRAPPED, True)
-    GPUModelRunner._build_attention_metadata = build_attention_metadata
-
-
-def prompt_lens(num_reqs: int) -> torch.Tensor | None:
-    """The lengths of the prompts of the batch that metadata is being built for, int32 [R].
-
-    None where nobody tells: under model runner V2, and outside of V1's own `build`, as a draft
-    model's metadata is made.
-    """
-    return None if _prompts is None else _prompts[:num_reqs].clone()
-
-
 def layer_index(name: str) -> int:
     """The layer's number in the model. Raises SparsePrefillError for a name without one."""
     from vllm.model_executor.models.utils import extract_layer_index
@@ -286,6 +249,26 @@ def tp_rank() -> int:
     from vllm.distributed import get_tensor_model_parallel_rank
 
     return get_tensor_model_parallel_rank()
+
+
+def first_said(vllm_config: VllmConfig, said: str) -> str:
+    """What the first of this server's ranks to come here has said; waits for nobody.
+
+    Ranks are those of vLLM's process group: all of a tensor or pipeline parallel engine, of a
+    mixture of experts all of its data parallel engines. Those of other models know nothing of
+    each other.
+    """
+    from torch.distributed import distributed_c10d as group
+
+    if not group.is_initialized():  # tests and tools run layers without any ranks
+        return said
+    parallel = vllm_config.parallel_config
+    # One process may have several engines in one group, but not where a group spans nodes; and
+    # there each node has made a configuration of its own, with an id of its own.
+    spans = parallel.nnodes > 1 or parallel.data_parallel_size > 1
+    key = "all" if spans else vllm_config.instance_id
+    store: Any = group._get_default_store()  # torch's has no public name; file or TCP
+    return str(store.compare_set(f"sparse_prefill/{key}", "", said).decode())
 
 
 def is_draft_model() -> bool:

@@ -33,6 +33,12 @@ class SparseConfig(BaseModel):
 
     enabled: bool = Field(default=True, description="false: everything runs dense")
     profile: str | None = Field(default=None, min_length=1, description="path of a profile file")
+    profile_digest: str | None = Field(
+        default=None,
+        pattern=r"^sha256:[0-9a-f]{64}$",
+        description="the profile must have this digest; unless given, what the first process of a "
+        "server has loaded, which all others then must have, too",
+    )
     policy: Policy | None = Field(
         default=None, description="one policy for every head, instead of a profile"
     )
@@ -48,6 +54,14 @@ class SparseConfig(BaseModel):
         "tile kept, where that is faster than CPU_ATTN; false: all that is dense is CPU_ATTN's; "
         "on a CPU only",
     )
+    kept_prompts: int = Field(
+        default=0,
+        ge=0,
+        le=64,
+        description="prompts in progress whose keys' int8 codes are kept from one chunk to the "
+        "next instead of being made anew: one byte a channel of each key, for max_model_len "
+        "tokens each; on a GPU only",
+    )
     cpu_isa: str | None = Field(
         default=None, min_length=1, description="force an instruction set of the CPU core"
     )
@@ -56,6 +70,8 @@ class SparseConfig(BaseModel):
     def _one_source_of_policies(self) -> SparseConfig:
         if self.profile is not None and self.policy is not None:
             raise ValueError("want profile or policy, not both")
+        if self.profile_digest is not None and self.policy is not None:
+            raise ValueError("want profile_digest or policy, not both: a policy has no digest")
         return self
 
 
@@ -90,6 +106,11 @@ def allowed_plugins(environ: Mapping[str, str] | None = None) -> list[str] | Non
     """The names ``VLLM_PLUGINS`` admits; None: all."""
     value = (os.environ if environ is None else environ).get("VLLM_PLUGINS")
     return None if value is None else value.split(",")
+
+
+def asks_for_huge_pages(environ: Mapping[str, str] | None = None) -> bool:
+    """Whether torch takes huge pages for large tensors, where the system leaves that open."""
+    return (os.environ if environ is None else environ).get("THP_MEM_ALLOC_ENABLE") == "1"
 
 
 def prometheus_multiprocess(environ: Mapping[str, str] | None = None) -> bool:

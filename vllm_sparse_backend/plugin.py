@@ -45,9 +45,12 @@ def _register() -> None:
 
 
 def _on_start(vllm_config: VllmConfig) -> None:
+    from vllm_sparse_backend import compat_requests
+    from vllm_sparse_backend.backend.admission import Admission
     from vllm_sparse_backend.backend.start import check
 
     check(vllm_config)
+    compat_requests.admit_requests(Admission)
 
 
 def _gpu_path(selector_config: Any, capability: Any) -> str:

@@ -5,6 +5,7 @@ Follows vLLM 0.32's cpu_attn.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -41,11 +42,11 @@ class SparsePrefillCPUImpl(CPUAttentionBackendImpl):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.traits = traits_of(self)
-        self._sparse: tuple[Worker, PolicyTable] | None = None
+        self._sparse: tuple[Worker, Callable[[float], PolicyTable]] | None = None
 
     def run_sparse(self, worker: Worker, layer_name: str) -> None:
         """Follow the steps' plans from now on, under the policies of this layer."""
-        self._sparse = worker, worker.policies(layer_name, self.num_heads, self.head_size)
+        self._sparse = worker, worker.tables(layer_name, self.num_heads, self.head_size)
         self._layer_name = layer_name
 
     def forward(
@@ -80,25 +81,29 @@ class SparsePrefillCPUImpl(CPUAttentionBackendImpl):
             )
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("sparse_prefill: fused output quantization")
-        worker, policies = self._sparse
+        worker, tables = self._sparse
         for rows, part in mixed.parts:
             super().forward(
                 layer, query[rows], key[rows], value[rows], kv_cache, part, output[rows]
             )
         observe.show(self._layer_name, mixed, query, kv_cache, self.scale, layer.isa)
-        _, stats = paged_sparse_attention(
-            query,
-            kv_cache,
-            mixed.block_table,
-            mixed.query_start_loc,
-            mixed.seq_lens,
-            policies,
-            scale=self.scale,
-            requests=mixed.plan.core,
-            prompt_lens=mixed.prompt_lens,
-            kv_layout=layer.isa,
-            out=output,
-        )
+        for scale, requests in mixed.plan.calls:
+            policies = tables(scale)
+            _, stats = paged_sparse_attention(
+                query,
+                kv_cache,
+                mixed.block_table,
+                mixed.query_start_loc,
+                mixed.seq_lens,
+                policies,
+                scale=self.scale,
+                requests=requests,
+                prompt_lens=mixed.prompt_lens,
+                kv_layout=layer.isa,
+                out=output,
+            )
+            # What keeps every tile has no scale.
+            kept = mixed.plan.kept if scale == 1 else ()
+            worker.count_stats(self._layer_name, stats, policies, kept)
         worker.count_plan(mixed.plan)
-        worker.count_stats(stats, policies)
         return output

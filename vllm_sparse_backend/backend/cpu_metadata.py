@@ -12,7 +12,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata, CPUAttentionMetadataBuilder
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from vllm_sparse_backend import compat
+from vllm_sparse_backend import compat_requests
 from vllm_sparse_backend.backend.group import LayerGroup, part
 from vllm_sparse_backend.backend.plan import Plan
 from vllm_sparse_backend.backend.worker import worker_of
@@ -50,7 +50,6 @@ class SparsePrefillCPUMetadataBuilder(CPUAttentionMetadataBuilder):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._worker = worker_of(vllm_config)
-        compat.watch_prompts()
         self._group = LayerGroup(
             kv_cache_spec,
             layer_names,
@@ -92,5 +91,5 @@ class SparsePrefillCPUMetadataBuilder(CPUAttentionMetadataBuilder):
                 for run in plan.dense
             ],
             build_whole=lambda: base(common),
-            prompt_lens=compat.prompt_lens(common.num_reqs),
+            prompt_lens=compat_requests.prompt_lens(common.num_reqs),
         )

@@ -15,7 +15,10 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionImpl
 from vllm_sparse_backend.backend import observe
 from vllm_sparse_backend.backend.cuda_metadata import MixedMetadata
 from vllm_sparse_backend.backend.group import traits_of
+from vllm_sparse_backend.backend.plan import LayerTraits, why_dense
+from vllm_sparse_backend.backend.start import capabilities
 from vllm_sparse_backend.backend.worker import Worker
+from vllm_sparse_backend.config import load_config
 from vllm_sparse_backend.ops import triton as kernels
 
 
@@ -27,13 +30,35 @@ class SparsePrefillImpl(AttentionImpl[Any]):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.traits = traits_of(self)
-        self._max_model_len = get_current_vllm_config().model_config.max_model_len
+        vllm_config = get_current_vllm_config()
+        self._max_model_len = vllm_config.model_config.max_model_len
+        config = load_config(vllm_config.additional_config)
+        self._kept_prompts = config.kept_prompts
+        self._may_keep = config.kept_prompts > 0 and config.enabled
+        self._reserved: torch.Tensor | None = None
+        self._kept: kernels.KeptCodes | None = None
         self._sparse: tuple[Worker, str] | None = None
 
     def run_sparse(self, worker: Worker, layer_name: str) -> None:
         """Follow the steps' plans from now on, under the policies of this layer."""
         self._sparse = worker, layer_name
-        self.policies = worker.policies(layer_name, self.num_heads, self.head_size)
+        self._tables = worker.tables(layer_name, self.num_heads, self.head_size)
+        self.policies = self._tables(1.0)
+
+    def keep_codes(self, device: torch.device) -> int:
+        """Have room for the codes of so many prompts as are configured; after `run_sparse`.
+
+        Returns its bytes.
+        """
+        self.keep_nothing()  # what was reserved is there to be taken
+        shape = self._kept_prompts, self._max_model_len, self.num_kv_heads, self.head_size
+        bits = kernels.heads_of(self.policies, device).bits
+        self._kept = kernels.KeptCodes(*shape, bits, device)
+        return len(bits) * kernels.kept_bytes(*shape)
+
+    def keep_nothing(self) -> None:
+        """Give back what is reserved for codes, as where this layer turns out to be dense."""
+        self._reserved, self._may_keep = None, False
 
     def fused_output_quant_supported(self, quant_key: Any) -> bool:
         """No: our kernels write what the base's would have to quantize."""
@@ -91,23 +116,34 @@ class SparsePrefillImpl(AttentionImpl[Any]):
                 kv_cache,
                 attn_metadata.block_table,
                 work,
-                self.policies,
+                self._tables(scale),
                 self.scale,
                 output,
+                kept=self._kept if work.kept else None,
             )
-            for work in mixed.works
+            for scale, work in mixed.works
         ]
         mixed.tally.add(name, tiles[0] if len(tiles) == 1 else torch.stack(tiles).sum(0))
         worker.count_plan(mixed.plan)
-        for work in mixed.works:
-            worker.count_causal(work.causal(self.policies), self.policies)
+        for _, work in mixed.works:
+            worker.count_causal(name, work.causal(self.policies), self.policies)
         return output
 
     def _take_workspace(self, query: torch.Tensor) -> None:
-        """Allocate, and give back, what a step of so many rows may take at the longest context."""
+        """Allocate, and give back, what a step of so many rows may take at the longest context;
+        and, to hold it until it is known whether this layer is sparse, what is kept of prompts."""
         rows, keys = query.shape[0], self._max_model_len
         size = kernels.workspace(rows, keys, self.num_heads, self.num_kv_heads, self.head_size)
         torch.empty(size, dtype=torch.uint8, device=query.device)
+        if self._may_keep and self._reserved is None and _may_be_sparse(self.traits):
+            # Of one number of bits: more in one layer are rare.
+            shape = self._kept_prompts, keys, self.num_kv_heads, self.head_size
+            size = kernels.kept_bytes(*shape)
+            self._reserved = torch.empty(size, dtype=torch.uint8, device=query.device)
+
+
+def _may_be_sparse(traits: LayerTraits) -> bool:
+    return why_dense(traits, capabilities("cuda")) is None
 
 
 class SparsePrefillBackend(AttentionBackend):

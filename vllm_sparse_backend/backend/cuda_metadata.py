@@ -8,8 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from vllm.config import VllmConfig
+from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import (
     AttentionCGSupport,
     AttentionMetadataBuilder,
@@ -18,6 +21,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 
+from vllm_sparse_backend import compat_requests
 from vllm_sparse_backend.backend.group import LayerGroup, part
 from vllm_sparse_backend.backend.plan import Plan
 from vllm_sparse_backend.backend.tally import TileTally
@@ -39,7 +43,7 @@ class MixedMetadata:
 
     plan: Plan
     parts: list[tuple[slice, Any]]  # rows of each dense run, and the base's metadata of it
-    works: list[Any]  # kernels.Work: the requests that are sparse, in parts
+    works: list[tuple[float, Any]]  # threshold scale, kernels.Work: what is sparse, in parts
     tally: TileTally
 
 
@@ -71,6 +75,7 @@ class PlanningBuilder(AttentionMetadataBuilder[Any]):
         # scheduling its context is not known on the host.
         self._min_query_tokens = max_decode_query_len(vllm_config) + 1
         self._planning = True
+        self._untold = compat_requests.why_untold(vllm_config)
         self._most_keys = vllm_config.model_config.max_model_len
         tables = {name: impl.policies for name, impl in self._group.impls.items()}
         event = torch.cuda.Event() if device.type == "cuda" else None
@@ -80,6 +85,7 @@ class PlanningBuilder(AttentionMetadataBuilder[Any]):
             # V2 always sorts; V1 only for who asks.
             self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
             self._warm_up(tables)
+        self._shelf = self._keep_codes(layer_names, vllm_config)
 
     @classmethod
     def get_cudagraph_support(
@@ -100,7 +106,8 @@ class PlanningBuilder(AttentionMetadataBuilder[Any]):
         whole = super().build(common_prefix_len, common, fast_build)
         if not self._planning:
             return whole
-        self._worker.count_computed(self._tally.take())
+        for name, tiles in self._tally.take().items():
+            self._worker.count_computed(name, tiles)
         upper_bound = common.seq_lens_cpu_upper_bound  # exact for prompts
         seq_lens = None if upper_bound is None else upper_bound.numpy()
         plan = self._group.plan(common, seq_lens, min_query_tokens=self._min_query_tokens)
@@ -120,7 +127,7 @@ class PlanningBuilder(AttentionMetadataBuilder[Any]):
             **{field.name: getattr(whole, field.name) for field in fields(whole)},
             plan=plan,
             parts=parts,
-            works=kernels.plan_works(starts, seq_lens, plan.core, self.device, self._most_keys),
+            works=self._works(plan, starts, seq_lens, self._prompts(common.num_reqs)),
             tally=self._tally,
         )
 
@@ -135,6 +142,83 @@ class PlanningBuilder(AttentionMetadataBuilder[Any]):
         """The base backend's: a draft's layers are dense, also where they share our builder."""
         with self._unplanned():
             return super().build_for_drafting(common_attn_metadata, draft_index)
+
+    def _works(
+        self,
+        plan: Plan,
+        starts: npt.NDArray[np.integer[Any]],
+        seq_lens: npt.NDArray[np.integer[Any]],
+        prompts: npt.NDArray[np.int32] | None,
+    ) -> list[tuple[float, Any]]:
+        """What the kernels are to do, by the scale of thresholds: first for the requests whose
+        codes are kept, then for the others."""
+        places = self._places(plan, starts, seq_lens, prompts)
+        return [
+            (scale, work)
+            for scale, requests in plan.calls
+            for kept in (True, False)
+            for work in kernels.plan_works(
+                starts,
+                seq_lens,
+                [r for r in requests if (r in places) == kept],
+                self.device,
+                self._most_keys,
+                prompts,
+                places if kept else None,
+            )
+        ]
+
+    def _places(
+        self,
+        plan: Plan,
+        starts: npt.NDArray[np.integer[Any]],
+        seq_lens: npt.NDArray[np.integer[Any]],
+        prompts: npt.NDArray[np.int32] | None,
+    ) -> dict[int, Any]:
+        """Of the step's sparse requests those whose codes are kept, and where."""
+        told = None if self._shelf is None else compat_requests.identities(len(seq_lens))
+        if self._shelf is None or told is None or prompts is None:
+            return {}
+        self._shelf.step()
+        places = {
+            r: self._shelf.place(
+                told[r], int(seq_lens[r] - np.diff(starts)[r]), int(seq_lens[r]), int(prompts[r])
+            )
+            for r in plan.core
+            if told[r] != compat_requests.NOBODY
+        }
+        return {r: place for r, place in places.items() if place is not None}
+
+    def _keep_codes(self, layer_names: list[str], vllm_config: VllmConfig) -> Any:
+        """A shelf and, in each layer, room for what lies on it; None where nothing is kept."""
+        streams, impls = self._worker.setup.config.kept_prompts, self._group.impls
+        layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
+        # Microbatches have builders of their own, which know nothing of each other's places.
+        cut = vllm_config.parallel_config.use_ubatching
+        for name, layer in layers.items():
+            if name not in impls or cut:
+                layer.impl.keep_nothing()
+        if not (streams and impls):
+            return None
+        if cut:
+            logger.warning(
+                "sparse_prefill: kept_prompts: nothing is kept, since batches are cut into "
+                "microbatches (dual batch overlap)"
+            )
+            return None
+        size = sum(impl.keep_codes(self.device) for impl in impls.values())
+        logger.info(
+            "sparse_prefill: keys' codes of %d prompts kept from chunk to chunk, %.2f GiB",
+            streams,
+            size / 2**30,
+        )
+        return kernels.Shelf(streams, self._most_keys)
+
+    def _prompts(self, num_reqs: int) -> npt.NDArray[np.int32] | None:
+        """The lengths of the batch's prompts, [num_reqs]; None: nobody tells."""
+        # Where it was cut into microbatches, what is told is of another batch than this.
+        told = None if self._untold else compat_requests.prompt_lens(num_reqs)
+        return None if told is None else told.numpy()
 
     @contextmanager
     def _unplanned(self) -> Iterator[None]:

@@ -23,7 +23,7 @@ from vllm.v1.kv_cache_interface import (
     SinkFullAttentionSpec,
 )
 
-from vllm_sparse_backend import compat
+from vllm_sparse_backend import compat, compat_requests
 from vllm_sparse_backend.backend.plan import (
     DenseReason,
     LayerTraits,
@@ -92,6 +92,7 @@ class LayerGroup:
         self._spec, self._worker = spec, worker
         self._kv_layout, self._derived = kv_layout, derived
         self._dtype = vllm_config.model_config.dtype
+        compat_requests.watch_requests(vllm_config)
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         # Which layers are dense altogether is settled here, where the KV cache is known.
         reasons = {name: self._why_dense(layer) for name, layer in layers.items()}
@@ -115,23 +116,28 @@ class LayerGroup:
         plan that is returned is counted by the layers that follow it.
         """
         starts = common.query_start_loc_cpu.numpy()
-        tokens = int(starts[-1])
+        tokens, requests = int(starts[-1]), int(np.count_nonzero(np.diff(starts)))
         for reason, layers in self._dense_layers.items():
-            self._worker.count_dense(reason, tokens * layers)
+            self._worker.count_dense(reason, tokens * layers, requests * layers)
         if not self.impls:
             return None
         if (reason_of_step := _why_dense_step(common)) is not None or seq_lens is None:
             reason = reason_of_step or DenseReason.OTHER_ATTENTION
-            self._worker.count_dense(reason, tokens * len(self.impls))
+            layers = len(self.impls)
+            self._worker.count_dense(reason, tokens * layers, requests * layers)
             return None
         config = self._worker.setup.config
+        least = max(min_query_tokens, config.min_query_tokens)
+        count = len(starts) - 1
         plan = make_plan(
             starts,
             seq_lens,
-            min_query_tokens=max(min_query_tokens, config.min_query_tokens),
+            min_query_tokens=least,
             min_prompt_tokens=config.min_prompt_tokens,
             core_from=core_from,
-            prefilling=_prefilling(common, len(starts) - 1),
+            prefilling=_prefilling(common, count),
+            # A step of short queries, as one of decode alone, is dense whatever is asked for.
+            settings=compat_requests.settings(count) if common.max_query_len >= least else (),
         )
         if plan.core:
             return plan

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from vllm_sparse_backend.control import Setting
+
 
 class DenseReason(StrEnum):
     """Why tokens were computed by the base backend; the values are metric labels."""
@@ -22,6 +24,7 @@ class DenseReason(StrEnum):
     DECODE = "decode"
     SHORT_QUERY = "short_query"
     SHORT_CONTEXT = "short_context"
+    REQUEST_OFF = "request_off"  # it asked to be dense, and would not have been
     # of a layer
     SWITCHED_OFF = "switched_off"
     MLA = "mla"
@@ -45,7 +48,12 @@ class DenseReason(StrEnum):
     OUTPUT_QUANT = "output_quant"
 
 
-REQUEST_REASONS = (DenseReason.DECODE, DenseReason.SHORT_QUERY, DenseReason.SHORT_CONTEXT)
+REQUEST_REASONS = (
+    DenseReason.DECODE,
+    DenseReason.SHORT_QUERY,
+    DenseReason.SHORT_CONTEXT,
+    DenseReason.REQUEST_OFF,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,15 +119,27 @@ class Plan:
     """Where the requests of one step go, in layers that can be sparse."""
 
     core: list[int] = field(default_factory=list)  # requests that our core computes, ascending
+    scaled: dict[float, list[int]] = field(default_factory=dict)  # of these, by threshold scale
     sparse_tokens: int = 0
     kept_tokens: int = 0  # of those with too short a context: every tile is kept
     dense: list[Run] = field(default_factory=list)  # ascending; empty if `core` is
     dense_tokens: dict[DenseReason, int] = field(default_factory=dict)  # only what occurs
+    sparse_requests: int = 0
+    kept: list[tuple[int, int]] = field(default_factory=list)  # rows and context of each of those
+    dense_requests: dict[DenseReason, int] = field(default_factory=dict)  # as `dense_tokens`
 
     @property
     def tokens(self) -> int:
         """Query tokens of the step, padding left out."""
         return self.sparse_tokens + self.kept_tokens + sum(self.dense_tokens.values())
+
+    @property
+    def calls(self) -> list[tuple[float, list[int]]]:
+        """The core's requests by what their thresholds are multiplied with: a call for each, those
+        without a scale first."""
+        scaled = {r for requests in self.scaled.values() for r in requests}
+        plain = [r for r in self.core if r not in scaled]
+        return [(1.0, plain)] * bool(plain) + sorted(self.scaled.items())
 
 
 def make_plan(
@@ -130,12 +150,14 @@ def make_plan(
     min_prompt_tokens: int,
     core_from: int | None = None,
     prefilling: Sequence[bool] | npt.NDArray[np.bool_] | None = None,
+    settings: Sequence[Setting] = (),
 ) -> Plan:
     """Decide for each of R requests.
 
     ``query_start_loc`` [R + 1]: first query row of each; ``seq_lens`` [R]: tokens of context
     after this step, the step's own included; ``prefilling`` [R]: whether the step's tokens
-    are of the prompt (without it, a single token is taken for decode).
+    are of the prompt (without it, a single token is taken for decode); ``settings`` [up to R]:
+    what the requests ask for, the rest nothing.
 
     A request is sparse from ``min_query_tokens`` query tokens and ``min_prompt_tokens``
     tokens of context on. With ``core_from`` our core computes it from so many tokens of context
@@ -151,22 +173,41 @@ def make_plan(
     core = sparse.copy()
     if core_from is not None:
         core |= ~decode & ~short & (context >= core_from)
+    off = np.zeros_like(core)
+    off[: len(settings)] = [setting.off for setting in settings]
+    off &= core
+    sparse, core = sparse & ~off, core & ~off
     reasons = {
         DenseReason.DECODE: decode,
         DenseReason.SHORT_QUERY: ~decode & short,
-        DenseReason.SHORT_CONTEXT: ~decode & ~short & ~core,
+        DenseReason.SHORT_CONTEXT: ~decode & ~short & ~core & ~off,
+        DenseReason.REQUEST_OFF: off,
     }
     dense_tokens = {
         reason: tokens for reason, these in reasons.items() if (tokens := int(rows[these].sum()))
     }
+    dense_requests = {
+        reason: int(np.count_nonzero(rows[these]))
+        for reason, these in reasons.items()
+        if reason in dense_tokens
+    }
     if not core.any():
-        return Plan(dense_tokens=dense_tokens)
+        return Plan(dense_tokens=dense_tokens, dense_requests=dense_requests)
+    kept = core & ~sparse
+    scaled: dict[float, list[int]] = {}
+    for r, setting in enumerate(settings):
+        if sparse[r] and setting.threshold_scale != 1:
+            scaled.setdefault(setting.threshold_scale, []).append(r)
     return Plan(
         core=np.flatnonzero(core).tolist(),
+        scaled=scaled,
         sparse_tokens=int(rows[sparse].sum()),
-        kept_tokens=int(rows[core & ~sparse].sum()),
+        kept_tokens=int(rows[kept].sum()),
         dense=_runs(starts, ~core),
         dense_tokens=dense_tokens,
+        sparse_requests=int(np.count_nonzero(sparse)),
+        kept=list(zip(rows[kept].tolist(), context[kept].tolist(), strict=True)),
+        dense_requests=dense_requests,
     )
 
 

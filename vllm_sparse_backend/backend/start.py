@@ -3,7 +3,8 @@ and again, to the same result, in every worker.
 
 `check` stops the start with one message if anything is wrong with configuration, profile or
 machine. Workers are spawned and get nothing but the pickled configuration and the environment:
-they `resolve` it once more.
+they `resolve` it once more. Between the two the profile's file may have changed, or, on another
+node, be another one: its digest travels with the configuration, and must be what a worker loads.
 """
 
 from __future__ import annotations
@@ -11,15 +12,21 @@ from __future__ import annotations
 import logging
 import multiprocessing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from vllm_sparse_backend import compat
 from vllm_sparse_backend.backend import expect
 from vllm_sparse_backend.backend.plan import Capabilities
-from vllm_sparse_backend.config import SparseConfig, load_config, session_directory
-from vllm_sparse_backend.errors import ConfigError, SparsePrefillError, describe, hide_traceback
+from vllm_sparse_backend.config import SECTION, SparseConfig, load_config, session_directory
+from vllm_sparse_backend.errors import (
+    ConfigError,
+    ProfileMismatch,
+    SparsePrefillError,
+    describe,
+    hide_traceback,
+)
 from vllm_sparse_backend.ops.cpu import cost
 from vllm_sparse_backend.profile import ModelFacts, Profile, load_profile
 from vllm_sparse_backend.profiles import shipped_for
@@ -33,7 +40,10 @@ logger = logging.getLogger("vllm.sparse_prefill")
 SHORT_DIGEST = len("sha256:") + 12  # enough to tell profiles apart in a log
 NO_ISA = "none"
 GPU_CORE = "triton"  # in an instruction set's place
+DENSITY_FIGURE = "density_"  # and tokens: among the figures of a profile's calibration
+MOST_LENGTHS = 16
 CPU_FIELDS = ("cpu_isa", "dense_core")  # of the configuration, without a meaning elsewhere
+GPU_FIELDS = ("kept_prompts",)
 
 
 @dataclass(frozen=True)
@@ -45,6 +55,7 @@ class Setup:
     profile: Profile | None
     shipped: bool = False  # the profile is one that comes with the package
     platform: str = "cpu"  # one of compat.PLATFORMS
+    facts: ModelFacts | None = None  # of the served model; None: of parts alone
 
     @property
     def on_cpu(self) -> bool:
@@ -55,6 +66,38 @@ class Setup:
     def uniform(self) -> Policy:
         """Every head's policy where there is no profile."""
         return self.config.policy or UNIFORM_DEFAULT
+
+    def common(self) -> dict[str, Any]:
+        """What all ranks of a server must have in common, by name: what decides which rows and
+        tiles are left out. Instruction sets may differ, as nodes do.
+        """
+        of_a_rank = {"profile", "profile_digest", "policy", "cpu_isa"}
+        profile = self.profile.digest if self.profile else None
+        policy = None if self.profile else self.uniform.model_dump(mode="json")
+        return {
+            "profile": profile,
+            "policy": policy,
+            **self.config.model_dump(mode="json", exclude=of_a_rank),
+        }
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Layers of the model and query heads of each, over all ranks; 0 where unknown."""
+        facts = self.facts or (self.profile and self.profile.model)
+        return (facts.num_layers, facts.num_heads) if facts else (0, 0)
+
+    def expected_density(self) -> dict[str, float]:
+        """What the profile's calibration came to, by tokens of context; of few lengths, which
+        become labels.
+        """
+        calibration = self.profile.calibration if self.profile else None
+        figures = calibration.figures if calibration else {}
+        by_tokens = {
+            int(name.removeprefix(DENSITY_FIGURE)): density
+            for name, density in figures.items()
+            if name.startswith(DENSITY_FIGURE) and name.removeprefix(DENSITY_FIGURE).isdecimal()
+        }
+        return {str(tokens): by_tokens[tokens] for tokens in sorted(by_tokens)[:MOST_LENGTHS]}
 
     def labels(self) -> dict[str, str]:
         """The labels of the info metric."""
@@ -101,9 +144,13 @@ def resolve(vllm_config: VllmConfig) -> Setup:
     if config.profile is not None:
         profile = load_profile(config.profile)
         profile.match(facts)
-        return Setup(config, isa, profile, platform=platform)
-    shipped = None if config.policy else shipped_for(facts.digest)
-    return Setup(config, isa, shipped, shipped=shipped is not None, platform=platform)
+        setup = Setup(config, isa, profile, platform=platform, facts=facts)
+    else:
+        shipped = None if config.policy else shipped_for(facts.digest)
+        is_shipped = shipped is not None
+        setup = Setup(config, isa, shipped, is_shipped, platform, facts)
+    _expect_digest(setup)
+    return setup
 
 
 def check(vllm_config: VllmConfig) -> None:
@@ -117,6 +164,7 @@ def check(vllm_config: VllmConfig) -> None:
         raise
     if vllm_config.model_config is None:
         return
+    _pass_on_digest(vllm_config, setup)
     # Not before all is well. Imported here since prometheus_client, once imported, is set in
     # its ways, and vLLM may still have a word to say about those.
     from vllm_sparse_backend.metrics.prometheus import export_from_here
@@ -186,9 +234,10 @@ def facts_of(model: ModelConfig) -> ModelFacts:
 
 
 def _use_core(config: SparseConfig, platform: str) -> str:
-    if platform != "cpu" and (given := config.model_fields_set.intersection(CPU_FIELDS)):
+    others, device = (GPU_FIELDS, "GPU") if platform == "cpu" else (CPU_FIELDS, "CPU")
+    if given := config.model_fields_set.intersection(others):
         fields = ", ".join(sorted(given))
-        raise ConfigError(f"{fields}: want it on a CPU only, got it on platform {platform}")
+        raise ConfigError(f"{fields}: want it on a {device} only, got it on platform {platform}")
     if not config.enabled:
         return NO_ISA
     if platform != "cpu":
@@ -202,6 +251,28 @@ def _use_core(config: SparseConfig, platform: str) -> str:
         raise SparsePrefillError(str(error)) from None
     except ValueError as error:
         raise ConfigError(str(error)) from None
+
+
+def _expect_digest(setup: Setup) -> None:
+    wanted, profile = setup.config.profile_digest, setup.profile
+    if wanted is None or (profile is not None and profile.digest == wanted):
+        return
+    origin = setup.config.profile or "that comes with the package"
+    came = "no profile" if profile is None else f"{profile.digest} of the profile {origin}"
+    raise ProfileMismatch(
+        f"profile_digest: want {wanted}, which was configured or is what the server's first "
+        f"process has loaded, got {came}; it must be the same in every process and on every node"
+    )
+
+
+def _pass_on_digest(vllm_config: VllmConfig, setup: Setup) -> None:
+    """Have the processes to come, which get this configuration, load the same profile or none."""
+    if setup.profile is None:
+        return
+    # Not in place: the user's own dictionary may configure another engine, with a newer file.
+    additional: Any = vllm_config.additional_config or {}
+    section = {**additional.get(SECTION, {}), "profile_digest": setup.profile.digest}
+    vllm_config.additional_config = {**additional, SECTION: section}
 
 
 def _never_pays(setup: Setup, head_dim: int) -> str:

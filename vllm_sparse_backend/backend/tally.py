@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from vllm_sparse_backend.backend.worker import subtiles_of
@@ -38,13 +40,13 @@ class TileTally:
         for name, table in tables.items():
             self._places[name] = slice(len(weights), len(weights) + len(table.rows))
             weights += subtiles_of(table)
-        self._weights = torch.tensor(weights, dtype=torch.int64)
+        self._weights = np.array(weights, dtype=np.int64)
         self._sums = torch.zeros(len(weights), dtype=torch.int64, device=device)
         self._event = event
-        pinned = torch.zeros_like(self._weights, pin_memory=device.type == "cuda")
+        pinned = torch.zeros(len(weights), dtype=torch.int64, pin_memory=device.type == "cuda")
         self._host = self._sums if event is None else pinned
         self._last = next(reversed(self._places), None)
-        self._taken = 0
+        self._taken = np.zeros_like(self._weights)
         self._on_its_way = self._behind = False
 
     def add(self, layer: str, tiles: torch.Tensor) -> None:
@@ -53,17 +55,22 @@ class TileTally:
         if layer == self._last:
             self._copy()
 
-    def take(self) -> int:
-        """Tiles in units of `SUBTILE` keys that have arrived since the last call."""
+    def take(self) -> dict[str, npt.NDArray[np.int64]]:
+        """Tiles that have arrived since the last call: by layer, of each head [Hq], in units of
+        `SUBTILE` keys; without layers that have none.
+        """
         if self._event is not None:
             if not (self._on_its_way and self._event.query()):
-                return 0
+                return {}
             self._on_its_way = False
-        total = int((self._host * self._weights).sum())
+        total = self._host.numpy() * self._weights
         new, self._taken = total - self._taken, total
         if self._behind:
             self._copy()
-        return new
+        if not new.any():
+            return {}
+        layers = {name: new[place] for name, place in self._places.items()}
+        return {name: tiles for name, tiles in layers.items() if tiles.any()}
 
     def _copy(self) -> None:
         if self._event is None:

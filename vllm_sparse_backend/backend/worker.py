@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
 
 from vllm_sparse_backend import compat
 from vllm_sparse_backend.backend.plan import DenseReason, Plan
 from vllm_sparse_backend.backend.start import Setup, resolve
-from vllm_sparse_backend.errors import ProfileMismatch
+from vllm_sparse_backend.errors import ProfileMismatch, SparsePrefillError
 from vllm_sparse_backend.metrics import Counters, counters, open_session
 from vllm_sparse_backend.metrics.prometheus import mirror_if_needed
 from vllm_sparse_backend.ops import AttentionStats, PolicyTable
 from vllm_sparse_backend.ops.cpu import cost
-from vllm_sparse_backend.ops.tiles import SUBTILE
+from vllm_sparse_backend.ops.tiles import SUBTILE, total_causal_tiles
 from vllm_sparse_backend.profile import local_heads
-from vllm_sparse_backend.selection import AnyPolicy
+from vllm_sparse_backend.selection import AnyPolicy, Mass, Sale
+
+COMPUTED, CAUSAL = range(2)  # kinds of tiles, as `counters.KINDS`
+TILES = (counters.COMPUTED, counters.CAUSAL)
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+SCALES = 16  # tables that a layer keeps
 
 
 class Worker:
@@ -27,17 +37,43 @@ class Worker:
     def __init__(self, setup: Setup, tp_rank: int) -> None:
         self.setup = setup
         self.tp_rank = tp_rank
-        info = setup.labels()
-        self.counters = Counters(open_session(), list(DenseReason), info, mirror_if_needed(info))
+        info, expected = setup.labels(), setup.expected_density()
+        self.counters = Counters(
+            open_session(),
+            list(DenseReason),
+            info,
+            mirror_if_needed(info, expected),
+            shape=setup.shape,
+            expected=expected,
+        )
+        self._cells: dict[str, npt.NDArray[np.int64] | None] = {}
+        rates = cost.RATES.get(setup.isa)  # there are none of GPUs
+        self._core_over_base = rates.attend / rates.base if rates else 0.0
         # Ranks that share a layer's heads see the same tokens, but each its own tiles.
         self._counts_tokens = tp_rank == 0
 
-    def policies(self, layer_name: str, num_heads: int, head_dim: int) -> PolicyTable:
-        """The policies of a layer's ``num_heads`` q heads on this rank.
+    def tables(
+        self, layer_name: str, num_heads: int, head_dim: int
+    ) -> Callable[[float], PolicyTable]:
+        """`policies` by threshold scale, made once for each of the scales that are in use.
 
         Raises SparsePrefillError where the profile cannot be applied to the layer.
         """
-        policies = self._policies(layer_name, num_heads)
+        make = partial(self.policies, layer_name, num_heads, head_dim)
+        tables = lru_cache(maxsize=SCALES)(make)  # bounded: clients choose the scales
+        tables(1.0)
+        return tables
+
+    def policies(
+        self, layer_name: str, num_heads: int, head_dim: int, threshold_scale: float = 1.0
+    ) -> PolicyTable:
+        """The policies of a layer's ``num_heads`` q heads on this rank, their thresholds
+        multiplied by ``threshold_scale``.
+
+        Raises SparsePrefillError where the profile cannot be applied to the layer.
+        """
+        policies = [_scaled(it, threshold_scale) for it in self._policies(layer_name, num_heads)]
+        self._cells[layer_name] = self._cells_of(layer_name, num_heads)
         if not self.setup.on_cpu:
             # There is no cost model of GPUs, for want of measurements: a policy is followed as soon
             # as a request is sparse, that is from min_prompt_tokens on.
@@ -71,36 +107,91 @@ class Worker:
             return None
         return cost.core_wins_from(self.setup.isa, num_heads, head_dim)
 
-    def count_dense(self, reason: DenseReason, layer_tokens: int) -> None:
-        """Tokens times layers that the base backend computes."""
-        if self._counts_tokens:
-            self.counters.add(counters.dense(reason), layer_tokens)
+    def count_dense(self, reason: DenseReason, layer_tokens: int, layer_requests: int) -> None:
+        """Tokens times layers that the base backend computes, and requests times layers."""
+        self._count_path(counters.dense(reason), layer_tokens, layer_requests)
 
     def count_plan(self, plan: Plan, layers: int = 1) -> None:
         """The tokens of a step, in layers that follow its plan."""
-        if not self._counts_tokens:
-            return
-        if plan.sparse_tokens:
-            self.counters.add(counters.SPARSE, plan.sparse_tokens * layers)
-        if plan.kept_tokens:
-            self.counters.add(counters.KEPT, plan.kept_tokens * layers)
+        self._count_path(
+            counters.SPARSE, plan.sparse_tokens * layers, plan.sparse_requests * layers
+        )
+        self._count_path(counters.KEPT, plan.kept_tokens * layers, len(plan.kept) * layers)
         for reason, tokens in plan.dense_tokens.items():
-            self.counters.add(counters.dense(reason), tokens * layers)
+            self.count_dense(reason, tokens * layers, plan.dense_requests[reason] * layers)
 
-    def count_stats(self, stats: AttentionStats, policies: PolicyTable) -> None:
-        """What one call of the op computed; tiles in units of `SUBTILE` keys."""
-        self.count_computed(_in_subtiles(stats.tiles_computed, policies))
-        self.count_causal(stats.tiles_causal, policies)
+    def count_stats(
+        self,
+        layer_name: str,
+        stats: AttentionStats,
+        policies: PolicyTable,
+        kept: Sequence[tuple[int, int]] = (),
+    ) -> None:
+        """What one call of the op computed in a layer.
+
+        ``kept``: rows and context of those of its requests that keep every tile. They are no part
+        of what is counted by head, where they would hide what policies do.
+        """
+        sizes = policies.tile_sizes
+        weights = np.array(subtiles_of(policies))
+        computed = np.array(stats.tiles_computed) * weights
+        causal = np.array(stats.tiles_causal) * weights
+        by_size = {
+            size: sum(total_causal_tiles(*request, size) for request in kept)
+            for size in (set(sizes) if kept else ())
+        }
+        of_kept = np.array([by_size[size] for size in sizes]) * weights if kept else 0
+        self._count_tiles(layer_name, COMPUTED, computed, computed - of_kept)
+        self._count_tiles(layer_name, CAUSAL, causal, causal - of_kept)
         self.counters.add(counters.SELECT, stats.pack_seconds + stats.select_seconds)
         self.counters.add(counters.ATTEND, stats.attend_seconds)
+        if total := int(computed.sum()):
+            whole = stats.attend_seconds * int(causal.sum()) / total
+            self.counters.add(counters.DENSE_ESTIMATE, whole * self._core_over_base)
 
-    def count_causal(self, tiles: Sequence[int], policies: PolicyTable) -> None:
+    def count_causal(self, layer_name: str, tiles: Sequence[int], policies: PolicyTable) -> None:
         """What there was to compute: tiles per q head, each in the head's own size."""
-        self.counters.add(counters.CAUSAL, _in_subtiles(tiles, policies))
+        causal = np.array(tiles) * np.array(subtiles_of(policies))
+        self._count_tiles(layer_name, CAUSAL, causal, causal)
 
-    def count_computed(self, tiles: int) -> None:
-        """Tiles that were computed, in units of `SUBTILE` keys."""
-        self.counters.add(counters.COMPUTED, tiles)
+    def count_computed(self, layer_name: str, tiles: npt.NDArray[np.int64]) -> None:
+        """Tiles of each head that were computed, in units of `SUBTILE` keys."""
+        self._count_tiles(layer_name, COMPUTED, tiles, tiles)
+
+    def _count_path(self, tokens: counters.Key, layer_tokens: int, layer_requests: int) -> None:
+        if self._counts_tokens and layer_tokens:
+            self.counters.add(tokens, layer_tokens)
+            self.counters.add(counters.decisions(tokens), layer_requests)
+
+    def _count_tiles(
+        self,
+        layer_name: str,
+        kind: int,
+        of_all: npt.NDArray[np.int64],
+        of_sparse: npt.NDArray[np.int64],
+    ) -> None:
+        self.counters.add(TILES[kind], int(of_all.sum()))
+        if (cells := self._cells[layer_name]) is not None:
+            self.counters.add_tiles(kind, cells, of_sparse)
+
+    def _cells_of(self, layer_name: str, num_heads: int) -> npt.NDArray[np.int64] | None:
+        """Where a layer's heads are among those of the whole model; None: nowhere."""
+        layers, heads = self.setup.shape
+        first = self.tp_rank * num_heads
+        try:
+            layer = compat.layer_index(layer_name)
+        except SparsePrefillError:  # a name without a number, which only a profile needs
+            return None
+        if layer >= layers or first + num_heads > heads:
+            return None
+        return layer * heads + first + np.arange(num_heads)
+
+
+def _scaled(policy: AnyPolicy, scale: float) -> AnyPolicy:
+    """The policy with its threshold multiplied, up to the highest there is."""
+    if scale == 1 or not isinstance(policy, Sale | Mass):
+        return policy
+    return policy.model_copy(update={"tau": min(1.0, policy.tau * scale)})
 
 
 def subtiles_of(policies: PolicyTable) -> list[int]:
@@ -111,10 +202,6 @@ def subtiles_of(policies: PolicyTable) -> list[int]:
     return [size // SUBTILE for size in policies.tile_sizes]
 
 
-def _in_subtiles(tiles: Sequence[int], policies: PolicyTable) -> int:
-    return sum(t * w for t, w in zip(tiles, subtiles_of(policies), strict=True))
-
-
 _workers: dict[str, Worker] = {}  # a process may have several engines, one after the other
 
 
@@ -122,5 +209,23 @@ def worker_of(vllm_config: VllmConfig) -> Worker:
     """This process's worker of the engine with this configuration."""
     key = vllm_config.instance_id
     if key not in _workers:
-        _workers[key] = Worker(resolve(vllm_config), compat.tp_rank())
+        setup = resolve(vllm_config)
+        expect_common(vllm_config, setup)
+        _workers[key] = Worker(setup, compat.tp_rank())
     return _workers[key]
+
+
+def expect_common(vllm_config: VllmConfig, setup: Setup) -> None:
+    """Raise ProfileMismatch if another rank of this server runs with something else.
+
+    On several nodes each may have been configured by its own command line, environment and files.
+    """
+    mine = setup.common()
+    first = json.loads(compat.first_said(vllm_config, json.dumps(mine)))
+    wrong = [
+        f"{name}: {first.get(name)} on another rank, {value} on this one"
+        for name, value in mine.items()
+        if first.get(name) != value
+    ]
+    if wrong:
+        raise ProfileMismatch(f"want the same on all ranks of a server, got {'; '.join(wrong)}")

@@ -16,28 +16,54 @@ from prometheus_client import REGISTRY, Counter, Gauge
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from vllm_sparse_backend.config import prometheus_multiprocess
-from vllm_sparse_backend.metrics.counters import LAYER_TOKENS, SECONDS, TILES, Key, read_totals
+from vllm_sparse_backend.metrics.counters import (
+    DENSE_ESTIMATE,
+    LAYER_DECISIONS,
+    LAYER_TILES,
+    LAYER_TOKENS,
+    SECONDS,
+    TILES,
+    Key,
+    read_totals,
+)
 
 NAMESPACE = "vllm:sparse_prefill_"
-METRICS = {  # name: labels, help
+METRICS: dict[str, tuple[tuple[str, ...], str]] = {  # name: labels, help
     LAYER_TOKENS: (
         ("path", "reason"),
         "Query tokens times layers, by the path that computed them (sparse; keep_all: by the same "
         "core, every tile kept; dense: by vLLM's own backend) and the reason if not sparse.",
+    ),
+    LAYER_DECISIONS: (
+        ("path", "reason"),
+        "Decisions where a request's query tokens of one step go, times layers, by the path that "
+        "was taken and the reason if not sparse.",
     ),
     TILES: (
         ("kind",),
         "Key tiles of 16 times query heads of the core's attention: computed, and causal, which "
         "is what dense attention would have computed.",
     ),
+    LAYER_TILES: (
+        ("layer", "kind"),
+        "Key tiles of 16 times query heads of sparse requests, by layer; computed / causal is the "
+        "layer's density.",
+    ),
     SECONDS: (
         ("phase",),
         "Seconds in the core's attention, summed over threads: selecting tiles, attending to them; "
         "not measured on GPUs.",
     ),
+    DENSE_ESTIMATE[0]: (
+        (),
+        "Thread seconds that vLLM's own CPU attention would have taken for what the core computed, "
+        "by the cost model's ratio of rates; not estimated on GPUs.",
+    ),
 }
 INFO = ("info", "What is served sparsely: instruction set, profile and its digest, version; 1.")
 INFO_LABELS = ("isa", "profile", "digest", "version")
+EXPECTED = ("profile_density", "Density that the profile was calibrated to, by tokens of context.")
+EXPECTED_LABELS = ("tokens",)
 
 
 class Collector:
@@ -59,6 +85,11 @@ class Collector:
         for labels_of in totals.infos:
             info.add_metric([labels_of[label] for label in INFO_LABELS], 1)
         yield info
+        name, text = EXPECTED
+        expected = GaugeMetricFamily(NAMESPACE + name, text, labels=EXPECTED_LABELS)
+        for tokens, density in totals.expected.items():
+            expected.add_metric([tokens], density)
+        yield expected
 
     def describe(self) -> Iterable[Metric]:
         """Nothing: registering must not collect."""
@@ -68,16 +99,19 @@ class Collector:
 class Mirror:
     """A worker's counters as ordinary metrics, for the multiprocess directory."""
 
-    def __init__(self, info: Mapping[str, str]) -> None:
+    def __init__(self, info: Mapping[str, str], expected: Mapping[str, float]) -> None:
         self._children: dict[Key, Any] = {}
-        _gauge().labels(**info).set(1)
+        _gauge(INFO, INFO_LABELS).labels(**info).set(1)
+        for tokens, density in expected.items():
+            _gauge(EXPECTED, EXPECTED_LABELS).labels(tokens).set(density)
 
     def add(self, key: Key, amount: float) -> None:
         """Add to the metric of this key."""
         child = self._children.get(key)
         if child is None:
             name, *labels = key
-            child = self._children[key] = _counter(name).labels(*labels)
+            metric = _counter(name)
+            child = self._children[key] = metric.labels(*labels) if labels else metric
         child.inc(amount)
 
 
@@ -89,9 +123,9 @@ def _counter(name: str) -> Counter:
 
 
 @cache
-def _gauge() -> Gauge:
-    name, text = INFO
-    return Gauge(NAMESPACE + name, text, INFO_LABELS, multiprocess_mode="max")
+def _gauge(metric: tuple[str, str], labels: tuple[str, ...]) -> Gauge:
+    name, text = metric
+    return Gauge(NAMESPACE + name, text, labels, multiprocess_mode="max")
 
 
 _collector: Collector | None = None
@@ -108,6 +142,6 @@ def export_from_here(directory: Path) -> None:
     _collector.directory = directory
 
 
-def mirror_if_needed(info: Mapping[str, str]) -> Mirror | None:
+def mirror_if_needed(info: Mapping[str, str], expected: Mapping[str, float]) -> Mirror | None:
     """The mirror of this worker, where /metrics is put together from many processes."""
-    return Mirror(info) if prometheus_multiprocess() else None
+    return Mirror(info, expected) if prometheus_multiprocess() else None

@@ -1,0 +1,308 @@
+"""What vLLM does not tell attention of the requests of a batch, and where requests come in.
+
+Two places, each wrapped once in a process. Where requests come in (API servers, offline engines)
+what they ask for is checked and their cache salts are composed. In a worker, while the metadata of
+a batch is made, the model runner knows the requests: how long their prompts are, of which a step
+may hold a part, and what they ask for. Seen with vLLM 0.32; imports vLLM only inside functions.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from vllm_sparse_backend import compat, control
+from vllm_sparse_backend.control import DEFAULT, ControlError, Setting
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+
+logger = logging.getLogger("vllm.sparse_prefill")
+
+Admission = Callable[[Mapping[str, Any] | None], Setting]  # raises ControlError
+
+_WRAPPED = "_sparse_prefill_wrapped"
+_ADMISSION = "_sparse_prefill_admission"
+_SETTINGS = "_sparse_prefill_settings"
+_PROMPTS = "_sparse_prefill_prompts"
+_IDENTITY = "_sparse_prefill_identity"
+_numbers = itertools.count(1)  # of requests, in this process
+NOBODY = 0  # the number of what a runner makes up for itself
+_admission: Admission | None = None  # of this process's engine, the last one made
+_MOST_WARNINGS = 16
+_warned: set[str] = set()  # the first so many
+
+
+# Where requests come in
+
+
+def admit_requests(admission_of: Callable[[VllmConfig], Admission]) -> None:
+    """Have every engine with our backend ask an admission, made of its configuration, for each
+    request's setting, before the request is sent to the engine's core.
+
+    What is refused is a ValueError: in Python as it is, over HTTP a 400 with its message.
+    """
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    make, process = InputProcessor.__init__, InputProcessor.process_inputs
+    if hasattr(process, _WRAPPED):
+        return
+
+    @functools.wraps(make)
+    def init(self: Any, vllm_config: VllmConfig, *rest: Any, **more: Any) -> None:
+        global _admission  # noqa: PLW0603
+        if compat.is_selected(vllm_config):
+            _admission = admission_of(vllm_config)
+            setattr(self, _ADMISSION, _admission)
+        make(self, vllm_config, *rest, **more)
+
+    @functools.wraps(process)
+    def process_inputs(
+        self: Any, request_id: str, prompt: Any, params: Any, *rest: Any, **more: Any
+    ) -> Any:
+        admission: Admission | None = getattr(self, _ADMISSION, None)
+        if admission is None:
+            return process(self, request_id, prompt, params, *rest, **more)
+        extra_args = getattr(params, "extra_args", None)  # of pooling there is none
+        setting = admission(extra_args)
+        request = process(self, request_id, prompt, params, *rest, **more)
+        request.cache_salt = control.salted(setting, request.cache_salt)
+        if extra_args and control.FIELD in extra_args:
+            # The request's own parameters, but maybe the caller's dictionary.
+            request.sampling_params.extra_args = control.admitted(extra_args, setting)
+        return request
+
+    setattr(process_inputs, _WRAPPED, True)
+    InputProcessor.__init__ = init
+    InputProcessor.process_inputs = process_inputs
+    _check_early()
+
+
+def _check_early() -> None:
+    """Have the OpenAI endpoints ask before they answer.
+
+    An engine is handed a request when its answer is being written: a stream's status is 200 by
+    then. And vLLM's beam search has parameters of its own, without the extra arguments.
+    """
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+    from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+
+    for kind in (ChatCompletionRequest, CompletionRequest, ResponsesRequest):
+        kind.to_sampling_params = _after(_check_setting, kind.to_sampling_params)
+    for kind in (ChatCompletionRequest, CompletionRequest):
+        kind.to_beam_search_params = _after(_refuse_setting, kind.to_beam_search_params)
+
+
+def _after(check: Callable[[Any], None], convert: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(convert)
+    def checked(self: Any, *rest: Any, **more: Any) -> Any:
+        check(self.vllm_xargs)
+        return convert(self, *rest, **more)
+
+    return checked
+
+
+def _check_setting(xargs: Any) -> None:
+    (_admission or control.asked)(xargs)
+
+
+def _refuse_setting(xargs: Any) -> None:
+    if control.asked(xargs) is not None:
+        raise ControlError(
+            f"{control.FIELD}: want a request without use_beam_search: vLLM's beam search takes "
+            "no vllm_xargs"
+        )
+
+
+# In a worker
+
+
+class Told(Protocol):
+    """What a model runner knows of the batch that metadata is being built for."""
+
+    def prompt_lens(self, num_reqs: int) -> torch.Tensor:
+        """Int32 [num_reqs]."""
+
+    def settings(self, num_reqs: int) -> list[Setting]:
+        """Of the first ``num_reqs``, or of fewer where the rest is padding."""
+
+    def identities(self, num_reqs: int) -> list[int]:
+        """Likewise; see `identities`."""
+
+
+_told: Told | None = None
+
+
+def prompt_lens(num_reqs: int) -> torch.Tensor | None:
+    """The lengths of the prompts of the batch that metadata is being built for, int32 [R].
+
+    None where nobody tells: outside of a model runner's own building, as a draft model's metadata
+    is made.
+    """
+    return None if _told is None else _told.prompt_lens(num_reqs)
+
+
+def settings(num_reqs: int) -> list[Setting]:
+    """What the requests of that batch ask for; those that are missing ask for nothing."""
+    return [] if _told is None else _told.settings(num_reqs)
+
+
+def identities(num_reqs: int) -> list[int] | None:
+    """A number for each request of that batch, the same in all of its steps, and of no other
+    request in this process, whatever their names; NOBODY for none. None where nobody tells."""
+    return None if _told is None else _told.identities(num_reqs)
+
+
+def why_untold(vllm_config: VllmConfig) -> str | None:
+    """Why no request's setting can reach attention; None: it can."""
+    if vllm_config.parallel_config.use_ubatching and not vllm_config.use_v2_model_runner:
+        return "model runner V1 cuts batches into microbatches here (dual batch overlap)"
+    return None
+
+
+def watch_requests(vllm_config: VllmConfig) -> None:
+    """Have this engine's model runner tell of its batches; in a worker, once."""
+    if vllm_config.use_v2_model_runner:
+        _watch_v2()
+    else:
+        _watch_v1()
+
+
+@contextmanager
+def _telling(told: Told) -> Iterator[None]:
+    global _told  # noqa: PLW0603
+    before, _told = _told, told
+    try:
+        yield
+    finally:
+        _told = before
+
+
+@dataclass(frozen=True, slots=True)
+class _OfV1:
+    runner: Any
+
+    def prompt_lens(self, num_reqs: int) -> torch.Tensor:
+        lens: torch.Tensor = self.runner.input_batch.num_prompt_tokens_cpu_tensor
+        return lens[:num_reqs].clone()
+
+    def settings(self, num_reqs: int) -> list[Setting]:
+        requests = self.runner.requests
+        return [
+            _received(requests[name].sampling_params)
+            for name in self.runner.input_batch.req_ids[:num_reqs]
+        ]
+
+    def identities(self, num_reqs: int) -> list[int]:
+        # The runner makes a new state where a name comes again.
+        requests = self.runner.requests
+        states = [requests[name] for name in self.runner.input_batch.req_ids[:num_reqs]]
+        return [vars(state).setdefault(_IDENTITY, next(_numbers)) for state in states]
+
+
+def _watch_v1() -> None:
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    build = GPUModelRunner._build_attention_metadata
+    if hasattr(build, _WRAPPED):
+        return
+
+    @functools.wraps(build)
+    def build_attention_metadata(self: Any, *arguments: Any, **named: Any) -> Any:
+        with _telling(_OfV1(self)):
+            return build(self, *arguments, **named)
+
+    setattr(build_attention_metadata, _WRAPPED, True)
+    GPUModelRunner._build_attention_metadata = build_attention_metadata
+
+
+@dataclass(frozen=True, slots=True)
+class _OfV2:
+    places: Any  # int [R]: the requests' places in the runner's table
+    prompts: Any  # int32 [most requests]: by place
+    by_place: list[Setting]
+    numbers: list[int]  # by place
+
+    def prompt_lens(self, num_reqs: int) -> torch.Tensor:
+        import torch
+
+        lens = torch.zeros(num_reqs, dtype=torch.int32)  # 0: padding
+        told = torch.from_numpy(self.prompts[self.places[:num_reqs]])
+        lens[: len(told)] = told
+        return lens
+
+    def settings(self, num_reqs: int) -> list[Setting]:
+        return [self.by_place[place] for place in self.places[:num_reqs].tolist()]
+
+    def identities(self, num_reqs: int) -> list[int]:
+        return [self.numbers[place] for place in self.places[:num_reqs].tolist()]
+
+
+def _watch_v2() -> None:
+    """V2 forgets a request's parameters once its sampler has them: they are kept when it is added.
+
+    Metadata is built by a model's state, of which there are several classes, from whole batches or
+    from microbatches; both know their requests' places in the runner's table.
+    """
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+    add = GPUModelRunner.add_requests
+    if hasattr(add, _WRAPPED):
+        return
+
+    @functools.wraps(add)
+    def add_requests(self: Any, scheduler_output: Any, *rest: Any, **more: Any) -> Any:
+        added = add(self, scheduler_output, *rest, **more)
+        state, table = self.model_state, self.req_states
+        _watch_state(type(state))
+        if not hasattr(state, _SETTINGS):
+            setattr(state, _SETTINGS, [DEFAULT] * table.max_num_reqs)
+            setattr(state, _PROMPTS, table.prompt_len.np)
+            setattr(state, _IDENTITY, [NOBODY] * table.max_num_reqs)
+        for new in scheduler_output.scheduled_new_reqs:
+            place = table.req_id_to_index[new.req_id]
+            getattr(state, _SETTINGS)[place] = _received(new.sampling_params)
+            getattr(state, _IDENTITY)[place] = next(_numbers)
+        return added
+
+    setattr(add_requests, _WRAPPED, True)
+    GPUModelRunner.add_requests = add_requests
+
+
+def _watch_state(kind: Any) -> None:
+    prepare = kind.prepare_attn
+    if hasattr(prepare, _WRAPPED):
+        return
+
+    @functools.wraps(prepare)
+    def prepare_attn(self: Any, input_batch: Any, *rest: Any, **more: Any) -> Any:
+        if not hasattr(self, _SETTINGS):  # nothing but dummies so far
+            return prepare(self, input_batch, *rest, **more)
+        places = input_batch.idx_mapping_np
+        known = (getattr(self, name) for name in (_PROMPTS, _SETTINGS, _IDENTITY))
+        with _telling(_OfV2(places, *known)):
+            return prepare(self, input_batch, *rest, **more)
+
+    setattr(prepare_attn, _WRAPPED, True)
+    kind.prepare_attn = prepare_attn
+
+
+def _received(params: Any) -> Setting:
+    try:
+        return control.received(None if params is None else params.extra_args)
+    except ControlError as error:
+        _warn(str(error))
+        return DEFAULT
+
+
+def _warn(message: str) -> None:
+    if message not in _warned and len(_warned) < _MOST_WARNINGS:
+        _warned.add(message)
+        logger.warning("sparse_prefill: %s; it is not followed", message)
