@@ -6,7 +6,8 @@ A server with the sparse backend is started and kept busy by clients that ask sh
 questions, go on with a document that is in the prefix cache, and hang up at any moment. Meanwhile
 the resident memory of all its processes is sampled. Fails if a request fails, if the server logs
 an error, if nothing was prefilled sparsely, if an answer is another one afterwards than before, or
-if memory grows by more than 2% after the warm-up. Writes soak.json and soak.svg.
+if memory grows by more than 2% after the warm-up. Writes soak.json and soak.svg. With
+`--side dense`, the same of vLLM's own backend: what grows there, too, is not of this package.
 """
 
 from __future__ import annotations
@@ -29,7 +30,6 @@ from vllm_sparse_backend.demo.machine import usable_cores
 from vllm_sparse_backend.demo.model import ensure_model
 from vllm_sparse_backend.demo.serve import Server, ServerOptions, Side
 
-SIDE: Side = "sparse"
 BLOCK = 128  # tokens, vLLM's default on CPUs
 ERRORS = re.compile(r"\bERROR\b|Traceback|sparse_prefill: .*failed")
 KEPT = 20  # messages of errors that are written down
@@ -111,14 +111,20 @@ def probe(server: Server, prompt: list[int], salt: str) -> list[int]:
 
 
 def soak(
-    options: Options, log: Path, seconds: float, warm: float, clients: int, at_random: bool
+    side: Side,
+    options: Options,
+    log: Path,
+    seconds: float,
+    warm: float,
+    clients: int,
+    at_random: bool,
 ) -> Outcome:
     """Start the server, keep it busy, watch it."""
     source = text_tokens(options.model, at_random)
     longest = options.max_model_len - LONG_ANSWER
 
     load, fixed = Load(), source[: longest * 3 // 4]
-    with Server(SIDE, options, log) as server:
+    with Server(side, options, log) as server:
         before = probe(server, fixed, "before")
         busy = [
             Client(server.url, random.Random(number), source, longest, load)
@@ -141,7 +147,7 @@ def soak(
         problems.append(f"{len(load.errors)} requests failed, the first: {load.errors[0]}")
     if said := [line for line in log.read_text().splitlines() if ERRORS.search(line)]:
         problems.append(f"the server has logged {len(said)} errors, the first: {said[0]}")
-    if not counted.sparse_layer_tokens:
+    if side == "sparse" and not counted.sparse_layer_tokens:
         problems.append("nothing was prefilled sparsely")
     used = next(sample.prompt_tokens for sample in samples if sample.seconds >= warm)
     if used < options.cache_tokens:
@@ -177,6 +183,7 @@ def main(
     random_tokens: Annotated[
         bool, typer.Option(help="Prompts of random tokens, for a model with random weights.")
     ] = False,
+    side: Annotated[Side, typer.Option(help="dense: what vLLM does by itself.")] = "sparse",
     max_growth: Annotated[float, typer.Option(help="Of memory, after the warm-up.")] = 0.02,
     output: Path = Path("soak"),
 ) -> None:
@@ -199,7 +206,8 @@ def main(
             f"want less than {minutes} minutes, got {warm}", param_hint="warm-up"
         )
     output.mkdir(parents=True, exist_ok=True)
-    outcome = soak(options, output / "server.log", 60 * minutes, 60 * warm, clients, random_tokens)
+    log = output / "server.log"
+    outcome = soak(side, options, log, 60 * minutes, 60 * warm, clients, random_tokens)
     if outcome.growth > max_growth:
         grown = f"memory has grown by {outcome.growth:.1%} since the warm-up, want {max_growth:.1%}"
         outcome = replace(outcome, problems=[*outcome.problems, grown])

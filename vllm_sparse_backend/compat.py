@@ -233,15 +233,14 @@ def model_facts(model: ModelConfig) -> ModelFacts:
 
 def layer_index(name: str) -> int:
     """The layer's number in the model. Raises SparsePrefillError for a name without one."""
-    from vllm.model_executor.models.utils import extract_layer_index
-
-    try:
-        return extract_layer_index(name)
-    except AssertionError:
+    # As vLLM's extract_layer_index, whose module imports kernels of the platform.
+    numbers = [int(part) for part in name.split(".") if part.isdecimal()]
+    if len(numbers) != 1:
         raise SparsePrefillError(
             f"layer {name!r}: want a name with one number in it, so that the profile's policies "
             "can be found; serve this model without a profile, or with another backend"
-        ) from None
+        )
+    return numbers[0]
 
 
 def tp_rank() -> int:
