@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.distributed.parallel_state import (
+    cleanup_dist_env_and_memory,
+    init_distributed_environment,
+    initialize_model_parallel,
+)
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -34,6 +41,16 @@ def engine_config(model: Any, section: dict[str, Any] | None = None, **more: Any
         **more,
     }
     return EngineArgs(**arguments).create_engine_config()
+
+
+@contextmanager
+def one_rank(folder: Path, model: Path) -> Iterator[None]:
+    """A process that is a server's only rank, which vLLM's layers ask for."""
+    with set_current_vllm_config(engine_config(model)):
+        init_distributed_environment(1, 0, f"file://{folder / 'meeting'}", 0, "gloo")
+        initialize_model_parallel()
+    yield
+    cleanup_dist_env_and_memory()
 
 
 @dataclass

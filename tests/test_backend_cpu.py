@@ -9,9 +9,7 @@ from typing import Any
 import pytest
 import torch
 from _attention import assert_accurate, causal_mask, needs_core
-from _batch import CPU, NAME, Batch, Group, engine_config
-from vllm.distributed import cleanup_dist_env_and_memory
-from vllm.distributed.parallel_state import init_distributed_environment, initialize_model_parallel
+from _batch import CPU, NAME, Batch, Group, engine_config, one_rank
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata
 from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionSpec
 
@@ -42,15 +40,8 @@ KEEP_ALL = {**SMALL, "policy": {"selector": "sale", "tau": 0.0}}
 
 @pytest.fixture(scope="module", autouse=True)
 def _parallel(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Iterator[None]:
-    # vLLM's layers ask for their rank.
-    from vllm.config import set_current_vllm_config
-
-    meeting = tmp_path_factory.mktemp("parallel") / "meeting"
-    with set_current_vllm_config(engine_config(tiny_llama)):
-        init_distributed_environment(1, 0, f"file://{meeting}", 0, "gloo")
-        initialize_model_parallel()
-    yield
-    cleanup_dist_env_and_memory()
+    with one_rank(tmp_path_factory.mktemp("parallel"), tiny_llama):
+        yield
 
 
 @pytest.fixture

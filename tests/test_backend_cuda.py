@@ -9,15 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from _batch import CPU, NAME, engine_config
+from _batch import CPU, NAME, engine_config, one_rank
 from _gpu_batch import PAGE, GpuGroup, Request, assert_same, base_of, common_of
 from _gpu_orders import v1_order, v2_order
 from hypothesis import given
 from hypothesis import settings as budget
 from hypothesis import strategies as st
 from vllm.compilation.backends import set_model_tag
-from vllm.distributed import cleanup_dist_env_and_memory
-from vllm.distributed.parallel_state import init_distributed_environment, initialize_model_parallel
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends import flash_attn, triton_attn
 from vllm.v1.kv_cache_interface import FullAttentionSpec
@@ -52,17 +50,10 @@ SPARSE = [3, 4, 6]
 
 @pytest.fixture(scope="module", autouse=True)
 def _process(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Iterator[None]:
-    # vLLM's layers ask for their rank; there is no GPU to compile for.
-    from vllm.config import set_current_vllm_config
-
-    meeting = tmp_path_factory.mktemp("parallel") / "meeting"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(vars(kernels), "warm_up", lambda *_: 0.0)
-        with set_current_vllm_config(engine_config(tiny_llama)):
-            init_distributed_environment(1, 0, f"file://{meeting}", 0, "gloo")
-            initialize_model_parallel()
+    folder = tmp_path_factory.mktemp("parallel")
+    with pytest.MonkeyPatch.context() as patch, one_rank(folder, tiny_llama):
+        patch.setitem(vars(kernels), "warm_up", lambda *_: 0.0)  # there is no GPU to compile for
         yield
-    cleanup_dist_env_and_memory()
 
 
 @pytest.fixture(scope="module", params=BASES)

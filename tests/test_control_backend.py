@@ -12,11 +12,9 @@ import numpy as np
 import pytest
 import torch
 from _attention import needs_core
-from _batch import Batch, Group, engine_config
+from _batch import Batch, Group, engine_config, one_rank
 from _gpu_batch import GpuGroup, Request, common_of
 from vllm import SamplingParams
-from vllm.distributed import cleanup_dist_env_and_memory
-from vllm.distributed.parallel_state import init_distributed_environment, initialize_model_parallel
 
 from vllm_sparse_backend import compat_requests, control
 from vllm_sparse_backend.backend.worker import SCALES, Worker, worker_of
@@ -40,15 +38,8 @@ def section(tau: float) -> dict[str, Any]:
 
 @pytest.fixture(scope="module", autouse=True)
 def _parallel(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Iterator[None]:
-    # vLLM's layers ask for their rank.
-    from vllm.config import set_current_vllm_config
-
-    meeting = tmp_path_factory.mktemp("parallel") / "meeting"
-    with set_current_vllm_config(engine_config(tiny_llama)):
-        init_distributed_environment(1, 0, f"file://{meeting}", 0, "gloo")
-        initialize_model_parallel()
-    yield
-    cleanup_dist_env_and_memory()
+    with one_rank(tmp_path_factory.mktemp("parallel"), tiny_llama):
+        yield
 
 
 @dataclass

@@ -10,10 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from _batch import engine_config
+from _batch import engine_config, one_rank
 from _gpu_batch import GpuGroup, Request, Told, common_of
-from vllm.distributed import cleanup_dist_env_and_memory
-from vllm.distributed.parallel_state import init_distributed_environment, initialize_model_parallel
 from vllm.sampling_params import SamplingParams
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
@@ -27,17 +25,10 @@ SECTION = {"min_prompt_tokens": 512, "kept_prompts": 2}
 
 @pytest.fixture(scope="module", autouse=True)
 def _process(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Iterator[None]:
-    # vLLM's layers ask for their rank; there is no GPU to compile for.
-    from vllm.config import set_current_vllm_config
-
-    meeting = tmp_path_factory.mktemp("parallel") / "meeting"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(vars(kernels), "warm_up", lambda *_: 0.0)
-        with set_current_vllm_config(engine_config(tiny_llama)):
-            init_distributed_environment(1, 0, f"file://{meeting}", 0, "gloo")
-            initialize_model_parallel()
+    folder = tmp_path_factory.mktemp("parallel")
+    with pytest.MonkeyPatch.context() as patch, one_rank(folder, tiny_llama):
+        patch.setitem(vars(kernels), "warm_up", lambda *_: 0.0)  # there is no GPU to compile for
         yield
-    cleanup_dist_env_and_memory()
 
 
 @pytest.fixture(autouse=True)
