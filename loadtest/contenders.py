@@ -22,15 +22,17 @@ Run = Callable[[], torch.Tensor]
 class Ours:
     """The op over a paged cache, as the backend calls it."""
 
-    def __init__(self, layer: Layer, policy: AnyPolicy, cache: torch.Tensor, impl: str) -> None:
-        (rows, heads, _), on = layer.q.shape, layer.q.device
+    def __init__(
+        self, layer: Layer, policies: list[AnyPolicy], cache: torch.Tensor, impl: str
+    ) -> None:
+        rows, on = len(layer.q), layer.q.device
         self._arguments = (
             layer.q,
             cache,
             torch.arange(len(cache), dtype=torch.int32, device=on)[None],
             torch.tensor([0, rows], dtype=torch.int32, device=on),
             torch.tensor([len(layer.k)], dtype=torch.int32, device=on),
-            PolicyTable([policy] * heads),
+            PolicyTable(policies),
         )
         self._how: Any = {"impl": impl, "kv_layout": KV_LAYOUTS[impl]}
         if layer.prompt_len is not None:

@@ -11,6 +11,8 @@ cd "$(dirname "$0")/.."
 
 # SALE's own setting: 4 bits, every row, tiles of 32; its error is what others are held to.
 paper='{"selector": "sale", "bits": 4, "tau": 0.008, "tile": 32, "row_stride": 1, "tail": 0, "sink": 32}'
+# A wider window, which pays from 16K on.
+wide='{"selector": "sale", "tau": 0.00175, "local": 768, "sink": 16}'
 tau() { printf '{"selector": "%s", "tau": %s}' "$1" "$2"; }
 
 measure() { # name, then kernels.py's options
@@ -29,7 +31,7 @@ done
 measure smollm2-8192 --input captured --length 8192 --repeats 2 \
     --policy sale --policy "$(tau sale 0.0015)" --policy "$paper"
 measure smollm2-16384 --input captured --length 16384 --repeats 2 --policy sale \
-    --policy "$(tau sale 0.0015)" --policy "$(tau sale 0.00175)" --policy "$(tau mass 0.004)" --policy "$paper"
+    --policy "$wide" --policy "$(tau sale 0.00175)" --policy "$(tau mass 0.004)" --policy "$paper"
 for threads in 1 2 1 2; do
     for shape in smollm2 llama; do
         name=threads-$threads-$shape

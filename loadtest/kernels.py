@@ -21,15 +21,16 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from capture import captured
+from capture import LAYERS, captured
 from generate import generate
 from inputs import SHAPES, Layer, Shape, plan_steps, random_layer
 from machines import machine
-from measure import console, measure
+from measure import Contender, console, measure
 from quality import Task
 from results import Report, draw, table
 from rich.console import Console
 
+from vllm_sparse_backend.profile import load_profile
 from vllm_sparse_backend.selection import UNIFORM_DEFAULT, AnyPolicy, parse_policy
 
 Input = StrEnum("Input", ["CAPTURED", "GENERATED", "RANDOM"])
@@ -70,6 +71,10 @@ def main(
     policy: Annotated[
         list[Any] | None,
         typer.Option(parser=_policy, help="JSON or a selector's name; repeat. Beside keep-all."),
+    ] = None,
+    profile: Annotated[
+        list[Path] | None,
+        typer.Option(help="SmolLM2's, of captured input: a policy a head; repeat."),
     ] = None,
     rows: Annotated[int, typer.Option(help="Only the last so many rows; 0: all.")] = 0,
     chunks: Annotated[
@@ -112,7 +117,12 @@ def main(
         peak_gops=here.peak_gops,
         versions={name: metadata.version(name) for name in ("torch", "vllm")},
     )
-    policies = {_name(each): each for each in [_policy("dense"), *(policy or [UNIFORM_DEFAULT])]}
+    if profile and kind is not Input.CAPTURED:
+        raise typer.BadParameter(
+            f"--profile: want captured input, whose layers are a model's, got {kind}"
+        )
+    profiles = [load_profile(path) for path in profile or []]
+    uniform = [_policy("dense"), *(policy or ([] if profiles else [UNIFORM_DEFAULT]))]
     for name in shape:
         for tokens in length:
             console.print(f"{name}, {tokens:,} tokens, {kind}")
@@ -123,13 +133,19 @@ def main(
                 each.to(getattr(torch, dtype))
                 for each in _layers(kind, name, model, tokens, text, seed)
             ]
+            heads = layers[0].q.shape[1]
+            contenders: dict[str, Contender] = {
+                _name(each): [[each] * heads] * len(layers) for each in uniform
+            }
+            for each in profiles:
+                contenders[each.name] = [each.for_layer(number) for number in LAYERS]
             plan = plan_steps(tokens, min(rows, tokens), chunks)
             with_sdpa = plan.steps[0].end == tokens and not rows and tokens <= SDPA_LIMIT
             report.cases.append(
                 measure(
                     layers,
                     plan,
-                    policies,
+                    contenders,
                     here,
                     repeats=repeats,
                     with_sdpa=with_sdpa,

@@ -6,6 +6,8 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
+from typing import TypeAlias
 
 from contenders import Ours, Run, pack, sdpa
 from inputs import Layer, Plan
@@ -14,10 +16,12 @@ from pydantic import BaseModel
 from rich.console import Console
 from truth import Error, Truth
 
+from vllm_sparse_backend.ops.policies import tile_size
 from vllm_sparse_backend.selection import AnyPolicy, keeps_all
 
 SDPA = "SDPA"
 KEEP_ALL_BUDGET = 0.01  # of an output that only rounding may change
+Contender: TypeAlias = list[list[AnyPolicy]]  # by layer and q head, of those that are measured
 console = Console(stderr=True)
 
 
@@ -67,7 +71,7 @@ class Times:
 def measure(
     layers: Sequence[Layer],
     plan: Plan,
-    policies: dict[str, AnyPolicy],
+    contenders: dict[str, Contender],
     machine: Machine,
     *,
     repeats: int,
@@ -75,14 +79,14 @@ def measure(
     budget: float,
     case: dict[str, object],
 ) -> Case:
-    """Time ``policies`` and the baselines on the plan's steps of every layer.
+    """Time ``contenders`` and the baselines on the plan's steps of every layer.
 
     ``budget``: the relative L1 beyond which no ratio is reported. ``case``: what is known of it.
     """
     baselines = machine.baselines | ({SDPA: sdpa} if with_sdpa else {})
     times = {
         name: Times([0.0] * repeats, [[0.0] * repeats for _ in range(3)])
-        for name in [*policies, *baselines]
+        for name in [*contenders, *baselines]
     }
     work, oracle = 0.0, {64: [0.0], 16: [0.0]}
     for number, whole in enumerate(layers):
@@ -91,6 +95,7 @@ def measure(
             rows, keys = len(layer.q), len(layer.k)
             console.print(f"  layer {number}, rows {step.start}-{step.end}", highlight=False)
             work += step.weight * (rows * keys - rows * (rows - 1) / 2)
+            policies = {name: its[number] for name, its in contenders.items()}
             _time_step(layer, step.weight, policies, baselines, machine, times, repeats)
         truth = Truth(plan.steps[-1].of(whole))
         for tile, densities in oracle.items():
@@ -104,7 +109,8 @@ def measure(
     base = {each.name: each.seconds for each in results if each.name in baselines}
     for each in results:
         if each.error is not None:
-            allowed = KEEP_ALL_BUDGET if keeps_all(policies[each.name]) else budget
+            exact = all(map(keeps_all, chain.from_iterable(contenders[each.name])))
+            allowed = KEEP_ALL_BUDGET if exact else budget
             if not each.error.relative_l1 <= allowed:
                 each.refused = f"relative L1 {each.error.relative_l1:.3g} > {allowed:g}"
             elif each.error.needles != each.error.needles_of:
@@ -125,7 +131,7 @@ def measure(
 def _time_step(
     layer: Layer,
     weight: float,
-    policies: dict[str, AnyPolicy],
+    policies: dict[str, list[AnyPolicy]],
     baselines: dict[str, Callable[[Layer], Run]],
     machine: Machine,
     times: dict[str, Times],
@@ -153,10 +159,12 @@ def _time_step(
             phases = (stats.pack_seconds, stats.select_seconds, stats.attend_seconds)
             for phase, seconds in zip(times[name].phases, phases, strict=True):
                 phase[repeat] += weight * seconds
-        tile = getattr(policies[name], "tile", 16)
-        times[name].computed += weight * tile * sum(own.stats[0].tiles_computed)
-        times[name].causal += weight * tile * sum(own.stats[0].tiles_causal)
-        tiles = None if keeps_all(policies[name]) else own.tiles()
+        sizes = map(tile_size, policies[name])
+        counts = zip(own.stats[0].tiles_computed, own.stats[0].tiles_causal, strict=True)
+        for tile, (computed, causal) in zip(sizes, counts, strict=True):
+            times[name].computed += weight * tile * computed
+            times[name].causal += weight * tile * causal
+        tiles = None if all(map(keeps_all, policies[name])) else own.tiles()
         times[name].errors.append(truth.judge(own().cpu(), tiles))
 
 

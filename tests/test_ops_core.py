@@ -35,7 +35,7 @@ RAGGED = [(1, 1), (15, 17), (63, 129), (64, 64), (65, 130), (100, 163), (1, 200)
 MIXED = (
     DENSE,
     Static(sink=20, local=40, growth=0.1, tile=32),
-    Sale(sink=16, local=32, tau=0.05, tail=10, tau_slope=-0.25),
+    Sale(sink=16, local=32, growth=0.1, tau=0.05, tail=10, tau_slope=-0.25),
     Sale(sink=1, local=0, tau=0.02, bits=4, tile=64, row_stride=1),
 )
 

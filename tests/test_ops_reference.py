@@ -16,9 +16,7 @@ from vllm_sparse_backend.selection import DENSE, Mass, Policy, Sale, Static, est
 
 def static_tiles(policy: Static | Sale | Mass, start: int, end: int) -> set[int]:
     """Sink and local tiles of a q block, key by key."""
-    local = policy.local
-    if isinstance(policy, Static):
-        local += math.floor(policy.growth * end)
+    local = policy.local + math.floor(policy.growth * (start + 64))
     sink = {key // policy.tile for key in range(min(policy.sink, end))}
     near = {key // policy.tile for key in range(max(0, start - local), end)}
     return sink | near

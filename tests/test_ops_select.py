@@ -41,9 +41,12 @@ def test_the_core_chooses_the_tiles_of_the_reference(
     isa: str, bits: int, tile: int, dtype: torch.dtype
 ) -> None:
     policies: list[Sale | Mass | Static] = [
-        selector(sink=s, local=n, tau=tau, bits=bits, tile=tile, row_stride=stride, tail=n)
-        for (s, n), tau, stride, selector in zip(
+        selector(
+            sink=s, local=n, growth=growth, tau=tau, bits=bits, tile=tile, row_stride=stride, tail=n
+        )
+        for (s, n), growth, tau, stride, selector in zip(
             [(1, 0), (20, 33), (64, 256), (16, 64), (100, 1)] * 2,
+            itertools.cycle([0.0, 0.0, 0.1]),
             [0.0, 0.005, 0.02, 0.1, 0.5] * 2,
             itertools.cycle([1, 2, 4, 8]),
             itertools.cycle([Sale, Mass, Mass]),

@@ -102,10 +102,9 @@ def test_any_policies(data: st.DataObject) -> None:
     rows = data.draw(st.integers(1, min(length, 100)))
     tile = st.sampled_from([16, 32, 64])
     sinks, locals_ = st.integers(1, 100), st.integers(0, 150)
+    window = dict(sink=sinks, local=locals_, tile=tile, growth=st.floats(0, 1))
     scored = dict(
-        sink=sinks,
-        local=locals_,
-        tile=tile,
+        **window,
         tau=st.floats(0, 1),
         tau_slope=st.sampled_from([0.0, -2.0, 0.7]),
         bits=st.sampled_from([4, 6, 8]),
@@ -114,7 +113,7 @@ def test_any_policies(data: st.DataObject) -> None:
     )
     policy = st.one_of(
         st.just(DENSE),
-        st.builds(Static, sink=sinks, local=locals_, tile=tile, growth=st.floats(0, 1)),
+        st.builds(Static, **window),
         st.builds(Sale, **scored),
         st.builds(Mass, **scored),
     )

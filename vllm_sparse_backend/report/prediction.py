@@ -193,10 +193,9 @@ def expected_density(policy: AnyPolicy, tokens: int) -> float:
     if isinstance(policy, Dense) or keeps_all(policy):
         return 1.0
     beyond = 0.0 if isinstance(policy, Static) else cost.EXPECTED_KEPT
-    growth = policy.growth if isinstance(policy, Static) else 0.0
     kept = causal = 0.0
     for end in range(cost.Q_BLOCK, tokens + cost.Q_BLOCK, cost.Q_BLOCK):
-        window = min(end, policy.sink + policy.local + growth * end + cost.Q_BLOCK)
+        window = min(end, policy.sink + policy.window_at(end) + cost.Q_BLOCK)
         kept += window + beyond * (end - window)
         causal += end
     return kept / causal

@@ -14,10 +14,9 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import pad
 
-from vllm_sparse_backend.selection.policy import Mass, Sale
+from vllm_sparse_backend.selection.policy import Q_BLOCK, Mass, Sale
 from vllm_sparse_backend.selection.static import always_kept
 
-Q_BLOCK = 64  # query tokens; `ops.tiles` has the same
 KEY_GROUP = 16  # keys that share one quantization step
 KEY_CODES = {8: 127.0, 6: 31.0, 4: 7.0}
 # Smaller at 8 bits: shifted to be unsigned, two products with a key's then fit in 16 bits,

@@ -11,6 +11,7 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 Tile: TypeAlias = Literal[16, 32, 64]
+Q_BLOCK = 64  # query tokens; `ops.tiles` has the same
 TAU_CONTEXT = 8192  # tokens of context at which a threshold is `tau` whatever its slope
 
 
@@ -33,19 +34,29 @@ class _Windowed(_Policy):
     local: int = Field(
         default=256, ge=0, le=1 << 20, description="tokens before the q block always kept"
     )
+    growth: float = Field(
+        default=0.0,
+        ge=0.0,
+        le=1.0,
+        description="how the window grows (MoA): at n tokens of context it is local + growth * n",
+    )
     tile: Tile = Field(default=16, description="key tokens per tile")
+
+    @property
+    def growth_units(self) -> int:
+        """``growth`` in 1/65536: kernels and reference then agree to the token."""
+        return round(self.growth * 65536)
+
+    def window_at(self, context: int) -> int:
+        """Tokens always kept before a q block that ends at so many tokens of context."""
+        return self.local + (self.growth_units * context >> 16)
 
 
 class Static(_Windowed):
-    """Sink and a local window, nothing else (MInference's A-shape).
-
-    The window may grow with the context as in MoA: at context length n (the position
-    after the q block's last token) it spans ``local + growth * n`` tokens.
-    """
+    """Sink and a local window, nothing else (MInference's A-shape; if it grows, MoA's spans)."""
 
     selector: Literal["static"] = "static"
     local: int = Field(default=1024, ge=0, le=1 << 20)
-    growth: float = Field(default=0.0, ge=0.0, le=1.0)
 
 
 class _Scored(_Windowed):

@@ -7,12 +7,11 @@ others by.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 
-from vllm_sparse_backend.selection.policy import Mass, Sale, Static
+from vllm_sparse_backend.selection.policy import Q_BLOCK, Mass, Sale, Static
 
 
 def always_kept(policy: Static | Sale | Mass, start: int, end: int) -> torch.Tensor:
@@ -20,12 +19,10 @@ def always_kept(policy: Static | Sale | Mass, start: int, end: int) -> torch.Ten
 
     ``start`` is the block's aligned position, ``end`` the position after its last present
     row; tiles are ``policy.tile`` keys, aligned at position 0. The window is laid before
-    ``start`` and not before the first present row, so that it does not move with the way
-    a prompt is cut into chunks.
+    ``start``, not before the first present row, and is as wide as for a whole block, so that it
+    does not move with the way a prompt is cut into chunks.
     """
-    local = policy.local
-    if isinstance(policy, Static):
-        local += math.floor(policy.growth * end)
+    local = policy.window_at(start + Q_BLOCK)
     first_key = torch.arange(0, end, policy.tile)
     return (first_key < policy.sink) | (first_key + policy.tile > max(0, start - local))
 

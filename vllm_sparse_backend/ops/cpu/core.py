@@ -25,7 +25,7 @@ HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
 KV_LAYOUTS = ("vec", "vec16", "amx")
 DTYPES = ("bfloat16", "float16", "float32")
 
-_ABI = 6
+_ABI = 7
 _LAYOUT = {"vec": 0, "vec16": 0, "amx": 1}
 _DTYPE = {name: i for i, name in enumerate(DTYPES)}
 _LIST = 3  # the selector that takes its tiles from the caller
@@ -41,13 +41,13 @@ class _Policy(ctypes.Structure):
         ("tile", ctypes.c_int32),
         ("sink", ctypes.c_int32),
         ("local", ctypes.c_int32),
+        ("growth", ctypes.c_int32),
         ("bits", ctypes.c_int32),
         ("row_stride", ctypes.c_int32),
         ("tail", ctypes.c_int32),
         ("dense_below", ctypes.c_int32),
         ("tau", ctypes.c_float),
         ("tau_slope", ctypes.c_double),
-        ("growth", ctypes.c_double),
     )
 
 
@@ -188,14 +188,15 @@ def _native_policies(table: PolicyTable) -> ctypes.Array[_Policy]:
                 case Dense():
                     row.selector, row.tile = 0, 16
                 case Static():
-                    row.selector, row.tile, row.growth = 1, policy.tile, policy.growth
-                    row.sink, row.local = policy.sink, policy.local
+                    row.selector = 1
                 case Sale() | Mass():
                     row.selector = 2 if isinstance(policy, Sale) else 4
-                    row.tile, row.tau, row.tau_slope = policy.tile, policy.tau, policy.tau_slope
-                    row.sink, row.local = policy.sink, policy.local
+                    row.tau, row.tau_slope = policy.tau, policy.tau_slope
                     row.bits, row.row_stride = policy.bits, policy.row_stride
                     row.tail = policy.tail
+            if not isinstance(policy, Dense):
+                row.tile, row.sink = policy.tile, policy.sink
+                row.local, row.growth = policy.local, policy.growth_units
         table.native = rows
     return table.native  # type: ignore[return-value]
 

@@ -83,16 +83,19 @@ def selection_seconds(
     """
     if isinstance(policy, Dense | Static) or keeps_all(policy):
         return 0.0
-    window = policy.sink + policy.local
     first, end = (context - rows) // Q_BLOCK * Q_BLOCK, context
-    scored = range(max(first, window // Q_BLOCK * Q_BLOCK + Q_BLOCK), end, Q_BLOCK)
-    keys = sum(scored) - len(scored) * window  # beyond sink and window, summed over q blocks
-    sampled = keys * Q_BLOCK / policy.row_stride
+    # Keys beyond sink and window, of each q block that has any.
+    beyond = [
+        keys
+        for start in range(first, end, Q_BLOCK)
+        if (keys := start - policy.sink - policy.window_at(start + Q_BLOCK)) > 0
+    ]
+    sampled = sum(beyond) * Q_BLOCK / policy.row_stride
     tail_rows = max(0, min(rows, policy.tail - (context if prompt is None else prompt) + context))
-    tail = tail_rows * (1 - 1 / policy.row_stride) * max(0, end - window - Q_BLOCK)
+    tail = tail_rows * (1 - 1 / policy.row_stride) * (beyond[-1] if beyond else 0)
     rates = RATES[isa]
     rate = rates.score_8 if policy.bits == 8 else rates.score
-    of_a_head = 2 * head_dim * (sampled + tail) / rate * 1e-9 + len(scored) * rates.block_seconds
+    of_a_head = 2 * head_dim * (sampled + tail) / rate * 1e-9 + len(beyond) * rates.block_seconds
     return heads * of_a_head
 
 
@@ -141,15 +144,19 @@ def sparse_wins_from(isa: str, policy: AnyPolicy, head_dim: int) -> int | None:
     """
     if isinstance(policy, Dense) or keeps_all(policy):
         return None
-    window = policy.sink + policy.local + Q_BLOCK
+    if policy.growth == 1:
+        return None
+    always = policy.sink + policy.local + Q_BLOCK
     if isinstance(policy, Static):
-        return window if policy.growth < 1 else None
+        return math.ceil(always / (1 - policy.growth))
     rates = RATES[isa]
     key = 4 * head_dim * Q_BLOCK / rates.attend * 1e-9  # seconds to attend to it
     rate = rates.score_8 if policy.bits == 8 else rates.score
     score = 2 * head_dim * Q_BLOCK / policy.row_stride / rate * 1e-9
     saved = (1 - EXPECTED_KEPT) * key - score
-    return window + math.ceil(rates.block_seconds / saved) if saved > 0 else None
+    if saved <= 0:
+        return None
+    return math.ceil((always + rates.block_seconds / saved) / (1 - policy.growth))
 
 
 def _operations(rows: int, context: int, heads: int, head_dim: int) -> float:

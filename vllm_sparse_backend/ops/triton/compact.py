@@ -28,8 +28,8 @@ def compact_tiles(
     kind, sink = tl.load(ints + head * 8), tl.load(ints + head * 8 + 1)
     local, tile = tl.load(ints + head * 8 + 2), tl.load(ints + head * 8 + 3)
     kind = tl.where(context < tl.load(ints + head * 8 + 6), ALL, kind)
-    local += tl.floor(tl.load(floats + head * 4 + 2) * end).to(tl.int32)  # growth: 0 unless static
-    begin = tl.where(kind == ALL, 0, local_start(start, local, tile))
+    growth = tl.load(floats + head * 4 + 2)
+    begin = tl.where(kind == ALL, 0, local_start(start, local, growth, tile))
 
     row = here * HEADS + head
     out = lists + row * capacity

@@ -28,7 +28,7 @@ class HeadTable:
 
     # int32 [Hq, 8]: kind, end of the sink, local, tile, scored rows, tail, dense below, bits
     ints: torch.Tensor
-    floats: torch.Tensor  # fp32 [Hq, 4]: tau, tau_slope, growth, and nothing
+    floats: torch.Tensor  # fp32 [Hq, 4]: tau, tau_slope, growth in 1/65536, and nothing
     kinds: frozenset[Kind]
     wide: bool  # some head sums the mass of more than a subtile
     bits: tuple[int, ...]  # of heads that score, distinct
@@ -79,6 +79,5 @@ def _ints(kind: Kind, policy: AnyPolicy, dense_below: int) -> list[int]:
 
 
 def _floats(policy: AnyPolicy) -> list[float]:
-    if isinstance(policy, Sale | Mass):
-        return [policy.tau, policy.tau_slope, 0.0, 0.0]
-    return [0.0, 0.0, policy.growth if isinstance(policy, Static) else 0.0, 0.0]
+    tau, slope = (policy.tau, policy.tau_slope) if isinstance(policy, Sale | Mass) else (0.0, 0.0)
+    return [tau, slope, 0.0 if isinstance(policy, Dense) else float(policy.growth_units), 0.0]

@@ -226,8 +226,8 @@ def _score_bits(call: Call, bits: int, codes: Codes, mask: torch.Tensor) -> None
         **shared, **call.paged, **_options(how.anchor),
     )  # fmt: skip
     score.score_tiles[(programs // how.score_together, shares, -(-words // how.score_words))](
-        codes.ints, codes.steps, row_codes, slopes, biases, slots, work.blocks, heads.ints, mask,
-        codes.ints.shape[1], words,
+        codes.ints, codes.steps, row_codes, slopes, biases, slots, work.blocks, heads.ints,
+        heads.floats, mask, codes.ints.shape[1], words,
         HEADS=call.num_heads, BLOCK_N=how.score.block, WORDS=how.score_words,
         HAS_SALE=Kind.SALE in heads.kinds, HAS_MASS=Kind.MASS in heads.kinds,
         WIDE=heads.wide, PARTS=how.score_parts, TOGETHER=how.score_together,

@@ -30,8 +30,9 @@ def place_of(i, count):
 
 
 @triton.jit
-def local_start(start, local, tile):
+def local_start(start, local, growth, tile):
     """The first position of the local window's tiles before a q block."""
+    local += (growth.to(tl.int64) * (start + 64) >> 16).to(tl.int32)
     return tl.maximum(start - local, 0) // tile * tile
 
 
@@ -94,7 +95,8 @@ def anchor_rows(
     )  # [M, BLOCK_D]
 
     # Maximum and sum over sink and local tiles, by the online softmax.
-    begin = local_start(start, local, tile)
+    growth = tl.load(floats + head * 4 + 2, mask=real, other=0.0)
+    begin = local_start(start, local, growth, tile)
     sink_stop = tl.minimum(tl.max(tl.where(scores, sink, 0)), end)
     local_first = tl.min(tl.where(scores, begin, end)) // KEYS * KEYS
     local_first = tl.maximum(local_first, tl.cdiv(sink_stop, KEYS) * KEYS)
@@ -164,7 +166,7 @@ def _either(a, b):
 
 @triton.jit(do_not_specialize=["key_slots", "words"])
 def score_tiles(
-    key_codes, key_steps, row_codes, slopes, biases, slots, blocks, ints, mask,
+    key_codes, key_steps, row_codes, slopes, biases, slots, blocks, ints, floats, mask,
     key_slots, words,
     HEADS: tl.constexpr, GROUP: tl.constexpr, SHARE: tl.constexpr, SHARE_ROWS: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BITS: tl.constexpr,
@@ -198,7 +200,9 @@ def score_tiles(
     scores &= tl.load(of + 6, mask=real, other=0) <= context
     tile = tl.load(of + 3, mask=real, other=16)
     sink = tl.load(of + 1, mask=real, other=0)
-    stops = local_start(start, tl.load(of + 2, mask=real, other=0), tile)
+    local = tl.load(of + 2, mask=real, other=0)
+    growth = tl.load(floats + (share * SHARE + own) * 4 + 2, mask=real, other=0.0)
+    stops = local_start(start, local, growth, tile)
     stop = tl.max(tl.where(scores, stops, 0))
     lowest = tl.min(tl.where(scores, sink, stop))
     first_word = tl.maximum(tl.program_id(2) * WORDS, lowest // 512)

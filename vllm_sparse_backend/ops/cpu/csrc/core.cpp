@@ -256,7 +256,7 @@ void forward(const VsbProblem &p, const Kernels &k) {
 
 extern "C" {
 
-int32_t vsb_abi(void) { return 6; }
+int32_t vsb_abi(void) { return 7; }
 
 const char *vsb_isas(void) {
   static const std::string names = [] {

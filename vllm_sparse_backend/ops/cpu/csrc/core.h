@@ -23,11 +23,12 @@ struct VsbPolicy {
   int32_t selector;
   int32_t tile;  // key tokens: 16, 32 or 64
   int32_t sink, local;
-  int32_t bits;  // 4, 6 or 8
+  int32_t growth;  // of the window, in 1/65536 of the context
+  int32_t bits;    // 4, 6 or 8
   int32_t row_stride, tail;
   int32_t dense_below;  // tokens of context from which on the policy is followed
   float tau;
-  double tau_slope, growth;
+  double tau_slope;
 };
 
 struct VsbRequest {

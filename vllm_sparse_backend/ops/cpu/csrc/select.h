@@ -25,8 +25,7 @@ inline Window window_of(const VsbPolicy &policy, int32_t seq_len, int32_t a0, in
   if (policy.selector == VSB_DENSE || (is_scored(policy) && policy.tau == 0) ||
       !is_followed(policy, seq_len))
     return {subs, subs, subs};
-  int32_t local = policy.local;
-  if (policy.selector == VSB_STATIC) local += (int32_t)(policy.growth * (double)end);
+  const int32_t local = policy.local + (int32_t)((int64_t)policy.growth * (a0 + kQBlock) >> 16);
   const int32_t from = larger(0, a0 - local) / policy.tile * per_tile;
   const int32_t sink = smaller(subs, ceil_div(policy.sink, policy.tile) * per_tile);
   return {sink, larger(sink, from), subs};
