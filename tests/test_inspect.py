@@ -217,7 +217,7 @@ def test_a_map_has_all_the_mass_and_what_is_missed(policy: AnyPolicy) -> None:
     found = AttentionMap("p", 0, 0, policy, "text", tokens, 0)
     for begin in range(0, tokens, chunk):
         end = min(begin + chunk, tokens)
-        found.add(q[begin:end], k[:end], SCALE)
+        found.add(q[begin:end], k[:end], k[:end], SCALE)
     # By the definition, all at once.
     score = (SCALE * q @ k.T).masked_fill(torch.ones(tokens, tokens).triu(1).bool(), -torch.inf)
     mass = score.softmax(1)
@@ -241,12 +241,12 @@ def test_a_map_has_all_the_mass_and_what_is_missed(policy: AnyPolicy) -> None:
 def test_rows_out_of_order_are_refused() -> None:
     found = AttentionMap("p", 0, 0, DENSE, "text", 128, 0)
     with pytest.raises(ValueError, match="want rows from position 0 on, got 64"):
-        found.add(torch.randn(64, 64), torch.randn(128, 64), 1.0)
+        found.add(torch.randn(64, 64), torch.randn(128, 64), torch.randn(128, 64), 1.0)
 
 
 def test_a_map_is_drawn_with_its_figures_and_cautions() -> None:
     found = AttentionMap("<p>", 3, 2, Mass(), "a $text$", 200, 2048)
-    found.add(torch.randn(200, 64), torch.randn(200, 64), 0.1)
+    found.add(torch.randn(200, 64), torch.randn(200, 64), torch.randn(200, 64), 0.1)
     said = " ".join(ElementTree.fromstring(inline(attention_figure(found), "a", "b")).itertext())
     for wanted in (
         "<p>: layer 3, head 2: mass, tau 0.005", "200 tokens of a $text$", "mass missed, %",

@@ -126,6 +126,10 @@ def _lines(diagnosis: Diagnosis) -> list[tuple[str, str]]:
         ("platform", f"{diagnosis.platform}"),
         ("backend", "registered" if diagnosis.registered else "not registered"),
         *_device_lines(diagnosis),
+        *(
+            ("selectors" if i == 0 else "", f"{name} = {value}")
+            for i, (name, value) in enumerate(diagnosis.selectors.items())
+        ),
         ("plugins", "all" if diagnosis.plugins is None else ",".join(diagnosis.plugins)),
         *((name, value) for name, value in diagnosis.environment.items()),
     ]

@@ -74,6 +74,7 @@ class Diagnosis(_Report):
     registered: bool = False
     core: Core
     gpu: Gpu | None = None
+    selectors: dict[str, str]  # list selectors by name: its class, or why it is unusable
     environment: dict[str, str]
     plugins: list[str] | None  # VLLM_PLUGINS; None: all are loaded
     model: Model | None = None
@@ -98,6 +99,8 @@ def examine(model: str | None = None, profile: str | None = None) -> Diagnosis:
         config.load_config(None)
     except SparsePrefillError as error:
         problems.append(str(error))
+    selectors, wrong = _selectors()
+    problems += wrong
     platform, registered, gpu, served = None, False, None, None
     if supported:
         with quiet():
@@ -126,6 +129,7 @@ def examine(model: str | None = None, profile: str | None = None) -> Diagnosis:
         registered=registered,
         core=core,
         gpu=gpu,
+        selectors=selectors,
         environment=config.overrides_in(),
         plugins=plugins,
         model=served,
@@ -158,6 +162,25 @@ def _core() -> Core:
         return Core(isas=isas, active=core.active_isa())
     except core.CoreUnavailable as error:
         return Core(isas=isas, problem=str(error))
+
+
+def _selectors() -> tuple[dict[str, str], list[str]]:
+    """List selectors by name, and what would stop a start. None of them without torch."""
+    if _version("torch") is None:
+        return {}, []
+    from vllm_sparse_backend.selection import registry
+
+    found = {}
+    try:
+        for name, entry in registry.known().items():
+            try:
+                registry.find(name)
+                found[name] = entry.value
+            except SparsePrefillError as error:  # stops the start of who names it, nobody else's
+                found[name] = f"unusable: {error}"
+    except SparsePrefillError as error:
+        return {}, [str(error)]
+    return found, []
 
 
 def _gpu() -> Gpu:

@@ -34,6 +34,10 @@ class ProfileMismatch(ProfileError):
     """A valid profile, but of another model."""
 
 
+class SelectorError(SparsePrefillError):
+    """A list selector cannot be imported, or does not do what one owes."""
+
+
 class TextError(SparsePrefillError):
     """A text cannot be read, or is too short for what was asked of it."""
 

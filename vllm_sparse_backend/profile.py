@@ -29,7 +29,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from vllm_sparse_backend.errors import ProfileError, ProfileMismatch, describe
+from vllm_sparse_backend.errors import ProfileError, ProfileMismatch, SelectorError, describe
 from vllm_sparse_backend.selection import UNIFORM_DEFAULT, Policy
 
 FORMAT = "vllm-sparse-profile"
@@ -176,7 +176,7 @@ def load_profile(path: str | os.PathLike[str]) -> Profile:
         raise ProfileError(f"profile {where}: {describe(error, Profile.model_fields)}") from None
     except json.JSONDecodeError as error:
         raise ProfileError(f"profile {where}: not valid JSON: {error}") from None
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError, SelectorError) as error:
         raise ProfileError(f"profile {where}: {error}") from None
     return profile if profile.name else profile.model_copy(update={"name": where.stem})
 

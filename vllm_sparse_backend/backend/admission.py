@@ -12,7 +12,7 @@ from vllm_sparse_backend import compat_requests
 from vllm_sparse_backend.backend import expect
 from vllm_sparse_backend.backend.start import Setup, capabilities, resolve
 from vllm_sparse_backend.control import DEFAULT, FIELD, OFF, ON, ControlError, Setting, asked
-from vllm_sparse_backend.selection import Mass, Sale, keeps_all
+from vllm_sparse_backend.selection import scaled
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -27,9 +27,7 @@ class Admission:
         self._why_dense = why_all_dense(setup, vllm_config)
         self._why_untold = compat_requests.why_untold(vllm_config)
         policies = {setup.uniform} if setup.profile is None else setup.profile.kinds()
-        self._scales = any(
-            isinstance(policy, Sale | Mass) and not keeps_all(policy) for policy in policies
-        )
+        self._scales = any(scaled(policy, 1.0) is not None for policy in policies)
 
     def __call__(self, extra_args: Mapping[str, Any] | None) -> Setting:
         """The setting of a request with these. Raises ControlError."""

@@ -18,9 +18,11 @@ from vllm_sparse_backend.metrics import Counters, counters, open_session
 from vllm_sparse_backend.metrics.prometheus import mirror_if_needed
 from vllm_sparse_backend.ops import AttentionStats, PolicyTable
 from vllm_sparse_backend.ops.cpu import cost
+from vllm_sparse_backend.ops.listed import rehearse
+from vllm_sparse_backend.ops.policies import Place
 from vllm_sparse_backend.ops.tiles import SUBTILE, total_causal_tiles
 from vllm_sparse_backend.profile import local_heads
-from vllm_sparse_backend.selection import AnyPolicy, Mass, Sale
+from vllm_sparse_backend.selection import AnyPolicy, scaled
 
 COMPUTED, CAUSAL = range(2)  # kinds of tiles, as `counters.KINDS`
 TILES = (counters.COMPUTED, counters.CAUSAL)
@@ -57,11 +59,12 @@ class Worker:
     ) -> Callable[[float], PolicyTable]:
         """`policies` by threshold scale, made once for each of the scales that are in use.
 
-        Raises SparsePrefillError where the profile cannot be applied to the layer.
+        Raises SparsePrefillError where the profile cannot be applied to the layer, or where a list
+        selector does not do what one owes.
         """
         make = partial(self.policies, layer_name, num_heads, head_dim)
         tables = lru_cache(maxsize=SCALES)(make)  # bounded: clients choose the scales
-        tables(1.0)
+        rehearse(tables(1.0), head_dim)
         return tables
 
     def policies(
@@ -72,19 +75,21 @@ class Worker:
 
         Raises SparsePrefillError where the profile cannot be applied to the layer.
         """
-        policies = [_scaled(it, threshold_scale) for it in self._policies(layer_name, num_heads)]
-        self._cells[layer_name] = self._cells_of(layer_name, num_heads)
+        policies = self._policies(layer_name, num_heads)
+        if threshold_scale != 1:
+            policies = [scaled(policy, threshold_scale) or policy for policy in policies]
+        place = self._place(layer_name, num_heads)
+        self._cells[layer_name] = self._cells_of(place, num_heads)
         if not self.setup.on_cpu:
             # There is no cost model of GPUs, for want of measurements: a policy is followed as soon
             # as a request is sparse, that is from min_prompt_tokens on.
-            return PolicyTable(policies)
+            return PolicyTable(policies, place=place)
         # A head's policy costs more than keeping all while little lies beyond its window.
         never = 2**31 - 1
         least = self.setup.config.min_prompt_tokens
         wins = [cost.sparse_wins_from(self.setup.isa, policy, head_dim) for policy in policies]
-        return PolicyTable(
-            policies, [never if tokens is None else max(least, tokens) for tokens in wins]
-        )
+        followed_from = [never if tokens is None else max(least, tokens) for tokens in wins]
+        return PolicyTable(policies, followed_from, place)
 
     def _policies(self, layer_name: str, num_heads: int) -> list[AnyPolicy]:
         profile = self.setup.profile
@@ -174,24 +179,21 @@ class Worker:
         if (cells := self._cells[layer_name]) is not None:
             self.counters.add_tiles(kind, cells, of_sparse)
 
-    def _cells_of(self, layer_name: str, num_heads: int) -> npt.NDArray[np.int64] | None:
-        """Where a layer's heads are among those of the whole model; None: nowhere."""
-        layers, heads = self.setup.shape
+    def _place(self, layer_name: str, num_heads: int) -> Place:
+        """Where a layer's heads on this rank are in the model."""
         first = self.tp_rank * num_heads
         try:
             layer = compat.layer_index(layer_name)
         except SparsePrefillError:  # a name without a number, which only a profile needs
-            return None
-        if layer >= layers or first + num_heads > heads:
-            return None
-        return layer * heads + first + np.arange(num_heads)
+            layer = None
+        return Place(layer, first, max(self.setup.shape[1], first + num_heads))
 
-
-def _scaled(policy: AnyPolicy, scale: float) -> AnyPolicy:
-    """The policy with its threshold multiplied, up to the highest there is."""
-    if scale == 1 or not isinstance(policy, Sale | Mass):
-        return policy
-    return policy.model_copy(update={"tau": min(1.0, policy.tau * scale)})
+    def _cells_of(self, place: Place, num_heads: int) -> npt.NDArray[np.int64] | None:
+        """Where a layer's heads are among those of the whole model; None: nowhere."""
+        layers, heads = self.setup.shape
+        if place.layer is None or place.layer >= layers or place.first_head + num_heads > heads:
+            return None
+        return place.layer * heads + place.first_head + np.arange(num_heads)
 
 
 def subtiles_of(policies: PolicyTable) -> list[int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 
 from vllm_sparse_backend.ops import checks, layout, reference
 from vllm_sparse_backend.ops.policies import AnyPolicies, PolicyTable
+from vllm_sparse_backend.ops.stats import AttentionStats, total
 from vllm_sparse_backend.ops.tiles import SUBTILE, TileList, causal_tiles, q_blocks
 
 if TYPE_CHECKING:
@@ -19,23 +19,6 @@ if TYPE_CHECKING:
 
 IMPLS = ("auto", "reference", "cpu", "triton")
 PLAIN_BLOCK = 128  # tokens per block where sparse_attention packs a cache of its own
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionStats:
-    """What one call computed, summed over its requests."""
-
-    tiles_computed: list[int]  # per q head, in the head's own tile size (dense: 16 keys)
-    tiles_causal: list[int]  # per q head: what there was to compute
-    pack_seconds: float  # of what is done once per call for all q blocks; summed over threads
-    select_seconds: float  # summed over threads
-    attend_seconds: float  # summed over threads
-
-    @property
-    def density(self) -> list[float]:
-        """Computed / causal tiles per q head; 1 where there were none."""
-        pairs = zip(self.tiles_computed, self.tiles_causal, strict=True)
-        return [computed / causal if causal else 1.0 for computed, causal in pairs]
 
 
 def sparse_attention(
@@ -128,13 +111,14 @@ def paged_sparse_attention(
             rows = slice(batch.starts[r], batch.starts[r + 1])
             k, v = layout.unpack(kv_cache, block_table[r], batch.seq_lens[r], kv_layout)
             parts.append(_reference_into(out[rows], q[rows], k, v, table, scale, prompts[r]))
-        return out, _total(parts, q.shape[1])
+        return out, total(parts, q.shape[1])
     if impl == "triton":
+        table.expect_fused(impl)
         return out, _triton_into(out, q, kv_cache, block_table, batch, prompts, table, scale)
 
-    from vllm_sparse_backend.ops.cpu import core
+    from vllm_sparse_backend.ops.cpu import run
 
-    counted = core.forward(
+    return out, run.forward(
         q,
         kv_cache,
         block_table,
@@ -146,9 +130,8 @@ def paged_sparse_attention(
         kv_layout,
         out,
         None,
-        prompt_lens=prompts,
+        prompts,
     )
-    return out, AttentionStats(*counted)
 
 
 def select_tiles(
@@ -178,23 +161,24 @@ def select_tiles(
     query_len = rows.stop - rows.start
     prompts = checks.check_prompts(prompt_lens, batch, q.device)
     if impl == "reference":
-        k, _ = layout.unpack(kv_cache, block_table[request], seq_len, kv_layout)
-        return reference.select(q[rows], k, table.followed(seq_len), scale, prompts[request])
+        k, v = layout.unpack(kv_cache, block_table[request], seq_len, kv_layout)
+        return _reference_tiles(q[rows], k, v, table, scale, prompts[request])
     checks.check_impl_layout(q, kv_layout, impl)
     if impl == "triton":
         from vllm_sparse_backend.ops import triton
 
+        table.expect_fused(impl)
         work = _triton_work(batch, prompts, q.device)
         found = triton.select(q, kv_cache, block_table, work, table, scale)
         return TileList.from_subtiles(found.cpu(), table.tile_sizes, query_len, seq_len)
 
-    from vllm_sparse_backend.ops.cpu import core
+    from vllm_sparse_backend.ops.cpu import run
 
     num_blocks = len(q_blocks(query_len, seq_len))
     subtiles = torch.zeros(
         q.shape[1], num_blocks, causal_tiles(seq_len, SUBTILE), dtype=torch.uint8
     )
-    core.forward(
+    run.forward(
         q,
         kv_cache,
         block_table,
@@ -206,7 +190,7 @@ def select_tiles(
         kv_layout,
         q.new_empty(q.shape),
         subtiles,
-        prompt_lens=prompts,
+        prompts,
     )
     return TileList.from_subtiles(subtiles, table.tile_sizes, query_len, seq_len)
 
@@ -283,6 +267,18 @@ def _triton_into(
     return AttentionStats(tiles.tolist(), work.causal(table), *took)
 
 
+def _reference_tiles(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    table: PolicyTable,
+    scale: float,
+    prompt_len: int | None,
+) -> TileList:
+    followed = table.followed(len(k))
+    return reference.select(q, k, followed, scale, prompt_len, v=v, place=table.place)
+
+
 def _reference_into(
     out: torch.Tensor,
     q: torch.Tensor,
@@ -294,19 +290,9 @@ def _reference_into(
 ) -> AttentionStats:
     """One request through the reference, timed."""
     begin = time.perf_counter()
-    tiles = reference.select(q, k, table.followed(len(k)), scale, prompt_len)
+    tiles = _reference_tiles(q, k, v, table, scale, prompt_len)
     middle = time.perf_counter()
     out.copy_(reference.attend(q, k, v, tiles, scale))
     return AttentionStats(
         tiles.computed, tiles.causal, 0.0, middle - begin, time.perf_counter() - middle
-    )
-
-
-def _total(parts: Sequence[AttentionStats], num_heads: int) -> AttentionStats:
-    return AttentionStats(
-        [sum(part.tiles_computed[head] for part in parts) for head in range(num_heads)],
-        [sum(part.tiles_causal[head] for part in parts) for head in range(num_heads)],
-        sum(part.pack_seconds for part in parts),
-        sum(part.select_seconds for part in parts),
-        sum(part.attend_seconds for part in parts),
     )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
 from vllm_sparse_backend.selection import (
     UNIFORM_DEFAULT,
     AnyPolicy,
     Dense,
+    ListSelector,
     Sale,
     Tile,
     parse_policy,
@@ -25,17 +27,33 @@ def tile_size(policy: AnyPolicy) -> Tile:
     return DENSE_TILE if isinstance(policy, Dense) else policy.tile
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a table's heads are in the model, for selectors that go by that."""
+
+    layer: int | None  # None: in no model
+    first_head: int  # of the table's heads, among the layer's of all ranks
+    num_heads: int  # of the layer, over all ranks
+
+
 class PolicyTable:
     """A policy for each q head of a layer, and from which context on it is followed.
 
     ``dense_below``: a request with fewer tokens of context is computed with every tile kept; one
-    number per q head, none by default. Compares and hashes by identity.
+    number per q head, none by default. ``place``: the heads are all there are of a layer without a
+    number, unless given. Compares and hashes by identity.
     """
 
-    __slots__ = ("dense_below", "device_rows", "native", "rows")
+    __slots__ = ("dense_below", "device_rows", "native", "place", "rows")
 
-    def __init__(self, rows: Sequence[AnyPolicy], dense_below: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        rows: Sequence[AnyPolicy],
+        dense_below: Sequence[int] | None = None,
+        place: Place | None = None,
+    ) -> None:
         self.rows = list(rows)  # one per q head
+        self.place = place or Place(None, 0, len(self.rows))
         self.dense_below = [0] * len(self.rows) if dense_below is None else list(dense_below)
         if len(self.dense_below) != len(self.rows):
             raise ValueError(
@@ -62,6 +80,23 @@ class PolicyTable:
             policy if seq_len >= least else Sale(tau=0, tile=tile_size(policy))
             for policy, least in zip(self.rows, self.dense_below, strict=True)
         ]
+
+    def listed(self, seq_len: int) -> list[int]:
+        """The heads whose tiles list selectors choose, of a request with so much context."""
+        return [
+            head
+            for head, (policy, least) in enumerate(zip(self.rows, self.dense_below, strict=True))
+            if isinstance(policy, ListSelector) and seq_len >= least
+        ]
+
+    def expect_fused(self, impl: str) -> None:
+        """Raise ValueError if some head has a list selector, which ``impl`` does not take."""
+        for head, policy in enumerate(self.rows):
+            if isinstance(policy, ListSelector):
+                raise ValueError(
+                    f"policies[{head}]: want a fused selector for impl {impl!r}, got "
+                    f"{policy.selector!r}, a list selector, for impl 'cpu' and 'reference' only"
+                )
 
     @classmethod
     def build(cls, policies: AnyPolicies, num_heads: int) -> PolicyTable:

@@ -5,35 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 
-Q_BLOCK = 64  # query tokens per q block
+from vllm_sparse_backend.selection.blocks import QBlock as QBlock
+from vllm_sparse_backend.selection.blocks import causal_tiles as causal_tiles
+from vllm_sparse_backend.selection.blocks import q_blocks as q_blocks
+from vllm_sparse_backend.selection.policy import Q_BLOCK as Q_BLOCK
+
 SUBTILE = 16  # keys per element of a kernel's tile map; every tile size is a multiple
-
-
-class QBlock(NamedTuple):
-    """A q block's positions in its sequence."""
-
-    start: int  # the block's aligned position, a multiple of Q_BLOCK
-    first: int  # its first present row; later than start where a chunk begins inside it
-    end: int  # one past its last present row
-
-
-def q_blocks(query_len: int, seq_len: int) -> list[QBlock]:
-    """The q blocks that hold the last ``query_len`` of ``seq_len`` positions, ascending."""
-    begin = seq_len - query_len
-    return [
-        QBlock(start, max(start, begin), min(start + Q_BLOCK, seq_len))
-        for start in range(begin // Q_BLOCK * Q_BLOCK, seq_len, Q_BLOCK)
-        if query_len > 0
-    ]
-
-
-def causal_tiles(end: int, tile: int) -> int:
-    """How many tiles of ``tile`` keys a q block ending before position ``end`` may see."""
-    return -(-end // tile)
 
 
 @lru_cache(256)  # every layer of a step asks the same

@@ -8,7 +8,8 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch.nn.functional import pad
 
-from vllm_sparse_backend.ops import layout, select_tiles
+from vllm_sparse_backend.ops import PolicyTable, layout, select_tiles
+from vllm_sparse_backend.ops.policies import Place
 from vllm_sparse_backend.ops.tiles import Q_BLOCK, SUBTILE, TileList
 from vllm_sparse_backend.selection import AnyPolicy, Policy
 
@@ -64,6 +65,7 @@ class AttentionMap:
     text: str
     tokens: int
     followed_from: int | None
+    num_heads: int = 1  # of the layer, for selectors that go by it
 
     def __post_init__(self) -> None:
         blocks, tiles = -(-self.tokens // Q_BLOCK), -(-self.tokens // SUBTILE)
@@ -72,12 +74,13 @@ class AttentionMap:
         self.missed = torch.zeros(self.tokens)  # of each row
         self.computed = self.causal = self.rows = 0
 
-    def add(self, q: torch.Tensor, k: torch.Tensor, scale: float) -> None:
-        """A step's rows: `q` [T, D] are the last T of the positions of `k` [S, D]."""
+    def add(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> None:
+        """A step's rows: `q` [T, D] are the last T of the positions of `k`, `v` [S, D]."""
         first = k.shape[0] - q.shape[0]
         if first != self.rows:
             raise ValueError(f"q: want rows from position {self.rows} on, got {first}")
-        tiles = _select(q, k, self.policy, scale)
+        place = Place(self.layer, self.head, max(self.num_heads, self.head + 1))
+        tiles = _select(q, k, v, PolicyTable([self.policy], place=place), scale)
         self.computed += tiles.computed[0]
         self.causal += tiles.causal[0]
         size = tiles.tile_sizes[0]
@@ -127,16 +130,17 @@ class AttentionMap:
         )
 
 
-def _select(q: torch.Tensor, k: torch.Tensor, policy: AnyPolicy, scale: float) -> TileList:
+def _select(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, policies: PolicyTable, scale: float
+) -> TileList:
     """What the core keeps of this step; one head, so that no other is computed."""
-    keys = k[:, None].contiguous()
-    cache = layout.pack(keys, keys)
+    cache = layout.pack(k[:, None].contiguous(), v[:, None].contiguous())
     return select_tiles(
         q[:, None].contiguous(),
         cache,
         torch.arange(len(cache), dtype=torch.int32)[None],
         torch.tensor([0, len(q)], dtype=torch.int32),
         torch.tensor([len(k)], dtype=torch.int32),
-        policy,
+        policies,
         scale=scale,
     )

@@ -87,13 +87,14 @@ def _observe(
         text=text,
         tokens=len(ids),
         followed_from=0 if keeps_all(policy) else _followed_from(policy, profile.model.head_dim),
+        num_heads=profile.model.num_heads,
     )
 
     def look(call: Call) -> None:
         if call.layer == layer:
-            keys, _ = call.keys_values(0)
-            group = call.q.shape[1] // keys.shape[1]
-            found.add(call.rows(0)[:, head], keys[:, head // group], call.scale)
+            keys, values = call.keys_values(0)
+            own = head // (call.q.shape[1] // keys.shape[1])
+            found.add(call.rows(0)[:, head], keys[:, own], values[:, own], call.scale)
 
     with observing(look):
         llm.generate(

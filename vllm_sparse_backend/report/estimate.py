@@ -21,6 +21,7 @@ from vllm_sparse_backend.report.prediction import (
     layer_parameters,
     predict,
 )
+from vllm_sparse_backend.selection import ListSelector
 
 if TYPE_CHECKING:
     from vllm_sparse_backend.backend.plan import DenseReason
@@ -49,6 +50,7 @@ class Estimate(BaseModel):
     dense_layers: dict[str, int]  # by reason
     core_from: int  # tokens from which on the core with every tile kept is faster than CPU_ATTN
     break_even: int | None  # tokens from which on policies are faster than keeping every tile
+    listed: list[str] = []  # list selectors among the policies
     rows: list[Row]
 
     def title(self) -> str:
@@ -75,6 +77,11 @@ class Estimate(BaseModel):
             f"{self.parameters / 1e6:,.0f} million weights in Llama-like blocks at "
             f"{self.matmul_rate:g} GFLOP/s a thread ({rate}), chunks of {self.chunk_tokens}.",
         ]
+        if self.listed:
+            lines.append(
+                f"List selectors ({', '.join(self.listed)}): attention only, at the expected "
+                "density; what choosing tiles takes is not known, and not in these figures."
+            )
         beyond = [row.length for row in self.rows if row.length > self.positions]
         if beyond:
             lines.append(
@@ -132,6 +139,7 @@ def make_estimate(
         dense_layers=dict(dense),
         core_from=cost.core_wins_from(subject.isa, facts.num_heads, facts.head_dim),
         break_even=break_even(subject),
+        listed=sorted({it.selector for it in subject.policies if isinstance(it, ListSelector)}),
         rows=[predict(subject, length) for length in lengths],
     )
 

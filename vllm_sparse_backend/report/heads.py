@@ -7,9 +7,17 @@ from pydantic import BaseModel, ConfigDict
 from vllm_sparse_backend.calibrate.results import Measurement
 from vllm_sparse_backend.profile import ModelFacts, Profile
 from vllm_sparse_backend.report.measured import Found, densities
-from vllm_sparse_backend.selection import AnyPolicy, Mass, Policy, Sale, Static, keeps_all
+from vllm_sparse_backend.selection import (
+    AnyPolicy,
+    ListSelector,
+    Mass,
+    Policy,
+    Sale,
+    Static,
+    keeps_all,
+)
 
-ORDER = ("dense", "static", "sale", "mass")
+ORDER = ("dense", "static", "sale", "mass")  # then list selectors, by name
 
 
 class _Record(BaseModel):
@@ -47,7 +55,7 @@ class Group(_Record):
     selector: str
     heads: int
     parameter: str  # "" for dense
-    least: float  # of the policy that computes most: the lowest threshold, the longest window
+    least: float  # of the first policy: the lowest threshold, the longest window
     most: float
     kinds: int
 
@@ -130,7 +138,7 @@ def _layer(
 def groups(kinds: list[Kind]) -> list[Group]:
     """The kinds summed up by selector, in their order."""
     found = []
-    for selector in ORDER:
+    for selector in sorted({kind.policy.selector for kind in kinds}, key=_rank):
         these = [kind for kind in kinds if kind.policy.selector == selector]
         if these:
             name = main_parameter(these[0].policy)
@@ -152,12 +160,20 @@ def main_parameter(policy: AnyPolicy) -> str:
     """What decides how much a policy computes; "" for dense."""
     if isinstance(policy, Static):
         return "local"
+    if isinstance(policy, ListSelector):
+        return policy.main_parameter
     return "tau" if isinstance(policy, Sale | Mass) else ""
 
 
-def _place(policy: AnyPolicy) -> tuple[int, float, str]:
-    less = -policy.local if isinstance(policy, Static) else threshold(policy) or 0.0
-    return ORDER.index(policy.selector), less, policy.model_dump_json()
+def _place(policy: AnyPolicy) -> tuple[tuple[int, str], float, str]:
+    name = main_parameter(policy)
+    value = float(getattr(policy, name)) if name else 0.0
+    less = -value if isinstance(policy, Static) else value
+    return _rank(policy.selector), less, policy.model_dump_json()
+
+
+def _rank(selector: str) -> tuple[int, str]:
+    return (ORDER.index(selector) if selector in ORDER else len(ORDER)), selector
 
 
 def threshold(policy: AnyPolicy) -> float | None:
@@ -165,16 +181,19 @@ def threshold(policy: AnyPolicy) -> float | None:
     return policy.tau if isinstance(policy, Sale | Mass) else None
 
 
+def _text(value: object) -> str:
+    return f"{value:g}" if isinstance(value, int | float) else str(value)
+
+
 def label(policy: AnyPolicy) -> str:
     """The selector, its main parameter, and what else is not the default."""
     main = main_parameter(policy)
-    if not main:
-        return policy.selector
     fields = type(policy).model_fields
     others = [
         name
         for name, field in fields.items()
         if name not in (main, "selector") and getattr(policy, name) != field.default
     ]
-    words = [policy.selector, *(f"{name} {getattr(policy, name):g}" for name in (main, *others))]
-    return ", ".join(words) + (" (keeps all)" if keeps_all(policy) else "")
+    shown = [name for name in (main, *others) if name]
+    words = [policy.selector, *(f"{name} {_text(getattr(policy, name))}" for name in shown)]
+    return ", ".join(words) + (" (keeps all)" if shown and keeps_all(policy) else "")

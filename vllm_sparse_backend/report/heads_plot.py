@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 from vllm_sparse_backend.report.heads import Inspection, Kind, groups
@@ -17,6 +18,7 @@ SHOWN = 14  # policies in the legend; of more, each selector's first and last
 DENSITY_MAP = "YlOrBr"
 # Each selector has a hue; within one, the darker a policy's colour the more it computes.
 HUES = {"dense": "Greys", "static": "Blues", "sale": "Oranges", "mass": "Greens"}
+LISTED_HUES = ("Purples", "Reds", "BuGn", "PuRd", "YlGn", "RdPu")  # of list selectors, in turn
 UNMEASURED = "#d4d6da"
 
 
@@ -120,9 +122,11 @@ def _ends(kinds: list[Kind]) -> list[tuple[str, int]]:
 def _colours(kinds: list[Kind]) -> list[Any]:
     from matplotlib import colormaps
 
+    listed = sorted({kind.policy.selector for kind in kinds} - set(HUES))
+    hues = HUES | dict(zip(listed, cycle(LISTED_HUES), strict=False))
     colours = []
     for kind in kinds:
         same = [other for other in kinds if other.policy.selector == kind.policy.selector]
         share = same.index(kind) / max(1, len(same) - 1)  # 0: the lowest threshold
-        colours.append(colormaps[HUES[kind.policy.selector]](0.85 - 0.6 * share))
+        colours.append(colormaps[hues[kind.policy.selector]](0.85 - 0.6 * share))
     return colours

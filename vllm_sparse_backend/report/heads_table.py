@@ -10,9 +10,10 @@ from rich.table import Table
 from rich.text import Text
 
 from vllm_sparse_backend.report.heads import Inspection, Kind, Layer, groups, threshold
-from vllm_sparse_backend.selection import AnyPolicy, Static, keeps_all
+from vllm_sparse_backend.selection import AnyPolicy, ListSelector, Static, keeps_all
 
 LETTERS = {"dense": "·", "static": "w", "sale": "s", "mass": "m"}  # w: a window
+LISTED_LETTER = "l"  # of every list selector; the legend has their names
 LISTED = 12  # policies in the legend; more are summed up by selector
 
 # From little computed to everything: readable as a background on dark and on light terminals.
@@ -66,7 +67,7 @@ def _legend(inspection: Inspection, room: int) -> list[str]:
         else [(group.selector, group.label, group.heads) for group in groups(inspection.kinds)]
     )
     lines = [
-        f"{LETTERS[selector]} {words}: {heads} head{'s' if heads != 1 else ''}"
+        f"{LETTERS.get(selector, LISTED_LETTER)} {words}: {heads} head{'s' if heads != 1 else ''}"
         for selector, words, heads in named
     ]
     if room > 2 and inspection.density is not None:
@@ -89,11 +90,11 @@ def _cells(layer: Layer, kinds: list[Kind], room: int) -> Text:
 
 def _cell(policy: AnyPolicy, density: float | None, room: int) -> str:
     """The selector's letter and, where there is room for it, a number; up to 4 characters."""
-    letter = LETTERS[policy.selector]
+    letter = LETTERS.get(policy.selector, LISTED_LETTER)
     if room < 3:
         return f"{letter:^{max(room, 1)}}"
     number: float | None = None if density is None else min(99, round(100 * density))
-    if keeps_all(policy):
+    if keeps_all(policy) or (isinstance(policy, ListSelector) and density is None):
         number = None
     elif density is None:
         tau = threshold(policy)
@@ -107,6 +108,8 @@ def by_threshold(policy: AnyPolicy) -> float:
     tau = threshold(policy)
     if keeps_all(policy):
         return 1.0
+    if isinstance(policy, ListSelector):  # whatever it keeps
+        return 0.5
     if tau is None:  # a window
         return 0.0
     return min(0.9, max(0.1, -math.log10(tau) / 5))  # 0.9 at 3e-5, 0.1 from 0.3 on

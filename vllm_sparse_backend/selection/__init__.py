@@ -1,17 +1,21 @@
 """Selectors: the rules that pick a q block's tiles, and the policies that name them."""
 
+from vllm_sparse_backend.selection.listed import ListSelector
+from vllm_sparse_backend.selection.named import (
+    AnyPolicy,
+    Policy,
+    keeps_all,
+    parse_policy,
+    scaled,
+)
 from vllm_sparse_backend.selection.policy import (
     DENSE,
     UNIFORM_DEFAULT,
-    AnyPolicy,
     Dense,
     Mass,
-    Policy,
     Sale,
     Static,
     Tile,
-    keeps_all,
-    parse_policy,
 )
 
 __all__ = [
@@ -19,6 +23,7 @@ __all__ = [
     "UNIFORM_DEFAULT",
     "AnyPolicy",
     "Dense",
+    "ListSelector",
     "Mass",
     "Policy",
     "Sale",
@@ -26,4 +31,5 @@ __all__ = [
     "Tile",
     "keeps_all",
     "parse_policy",
+    "scaled",
 ]

@@ -6,9 +6,9 @@ ops' arguments and in a report. It knows neither torch nor the kernels.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field
 
 Tile: TypeAlias = Literal[16, 32, 64]
 Q_BLOCK = 64  # query tokens; `ops.tiles` has the same
@@ -27,7 +27,7 @@ class Dense(_Policy):
     selector: Literal["dense"] = "dense"
 
 
-class _Windowed(_Policy):
+class Windowed(_Policy):
     """What every sparse selector keeps whatever the scores say."""
 
     sink: int = Field(default=64, ge=1, le=1 << 20, description="first tokens always kept")
@@ -52,14 +52,14 @@ class _Windowed(_Policy):
         return self.local + (self.growth_units * context >> 16)
 
 
-class Static(_Windowed):
+class Static(Windowed):
     """Sink and a local window, nothing else (MInference's A-shape; if it grows, MoA's spans)."""
 
     selector: Literal["static"] = "static"
     local: int = Field(default=1024, ge=0, le=1 << 20)
 
 
-class _Scored(_Windowed):
+class _Scored(Windowed):
     """What selectors share that score keys for some of a q block's query rows.
 
     Scores are integer products of Q and K. At 8 bits the codes reach to 127 for keys and 63
@@ -122,22 +122,9 @@ class Mass(_Scored):
     tau: float = Field(default=0.005, ge=0.0, le=1.0)
 
 
-AnyPolicy: TypeAlias = Dense | Static | Sale | Mass
-Policy: TypeAlias = Annotated[AnyPolicy, Field(discriminator="selector")]
-
-_ADAPTER: TypeAdapter[AnyPolicy] = TypeAdapter(Policy)
+FUSED = (Dense, Static, Sale, Mass)  # what the native kernels select by themselves
 
 DENSE = Dense()
 # What a model without a profile gets: on the safe side of the thresholds that were
 # measured to leave perplexity, needles and copying unharmed.
 UNIFORM_DEFAULT = Sale()
-
-
-def keeps_all(policy: AnyPolicy) -> bool:
-    """Whether a policy computes every tile whatever the scores."""
-    return isinstance(policy, Dense) or (isinstance(policy, Sale | Mass) and policy.tau == 0)
-
-
-def parse_policy(value: AnyPolicy | dict[str, object]) -> AnyPolicy:
-    """A policy from itself or its dict. Raises ``pydantic.ValidationError`` (a ValueError)."""
-    return _ADAPTER.validate_python(value)

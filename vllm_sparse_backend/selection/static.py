@@ -11,10 +11,10 @@ from collections.abc import Sequence
 
 import torch
 
-from vllm_sparse_backend.selection.policy import Q_BLOCK, Mass, Sale, Static
+from vllm_sparse_backend.selection.policy import Q_BLOCK, Static, Windowed
 
 
-def always_kept(policy: Static | Sale | Mass, start: int, end: int) -> torch.Tensor:
+def always_kept(policy: Windowed, start: int, end: int) -> torch.Tensor:
     """Sink and local tiles of one q block, bool [causal tiles].
 
     ``start`` is the block's aligned position, ``end`` the position after its last present

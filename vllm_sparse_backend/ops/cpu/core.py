@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_sparse_backend.selection import Dense, Mass, Sale, Static
+from vllm_sparse_backend.selection import Dense, ListSelector, Mass, Sale, Static
 
 if TYPE_CHECKING:
     import torch
@@ -194,6 +194,8 @@ def _native_policies(table: PolicyTable) -> ctypes.Array[_Policy]:
                     row.tau, row.tau_slope = policy.tau, policy.tau_slope
                     row.bits, row.row_stride = policy.bits, policy.row_stride
                     row.tail = policy.tail
+                case ListSelector():  # until it is given its tiles, it keeps all: at a tau of 0
+                    row.selector = 2
             if not isinstance(policy, Dense):
                 row.tile, row.sink = policy.tile, policy.sink
                 row.local, row.growth = policy.local, policy.growth_units
@@ -201,8 +203,14 @@ def _native_policies(table: PolicyTable) -> ctypes.Array[_Policy]:
     return table.native  # type: ignore[return-value]
 
 
-def _listed_policies(tiles: Sequence[int]) -> ctypes.Array[_Policy]:
-    return (_Policy * len(tiles))(*(_Policy(selector=_LIST, tile=tile) for tile in tiles))
+def _listed_policies(
+    table: PolicyTable, tiles: Sequence[int], listed: Sequence[int] | None
+) -> ctypes.Array[_Policy]:
+    """The table's policies, but for the heads that are ``listed`` (None: all)."""
+    rows = (_Policy * len(tiles))(*_native_policies(table))
+    for head in range(len(tiles)) if listed is None else listed:
+        rows[head] = _Policy(selector=_LIST, tile=tiles[head])
+    return rows
 
 
 def forward(
@@ -219,13 +227,14 @@ def forward(
     tiles_out: torch.Tensor | None,
     tiles_in: TileList | None = None,
     prompt_lens: Sequence[int] | None = None,
+    listed: Sequence[int] | None = None,
 ) -> tuple[list[int], list[int], float, float, float]:
     """Attention of the given requests into ``out``; shapes as in ``paged_sparse_attention``.
 
     ``tiles_out``: uint8 [Hq, q blocks of the one request, ceil(seq_len / 16)], set to 1 where
     computed. ``tiles_in``: compute exactly these tiles of the one request, whatever the
-    policies say. Returns tiles computed and causal per q head, then seconds of packing,
-    selection and attention summed over threads.
+    policies say, in all heads or in those that are ``listed``. Returns tiles computed and causal
+    per q head, then seconds of packing, selection and attention summed over threads.
     """
     num_heads = q.shape[1]
     starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
@@ -252,7 +261,7 @@ def forward(
         requests=native_requests,
         policies=_native_policies(table)
         if tiles_in is None
-        else _listed_policies(tiles_in.tile_sizes),
+        else _listed_policies(table, tiles_in.tile_sizes, listed),
         num_requests=len(requests),
         num_heads=num_heads,
         num_kv_heads=kv_cache.shape[1],

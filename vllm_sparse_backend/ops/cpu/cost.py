@@ -16,7 +16,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from vllm_sparse_backend.selection import AnyPolicy, Dense, Static, keeps_all
+from vllm_sparse_backend.selection import AnyPolicy, Dense, ListSelector, Static, keeps_all
 
 Q_BLOCK = 64
 # Of the tiles beyond sink and window, what a scored head is taken to keep where nothing is known
@@ -79,9 +79,10 @@ def selection_seconds(
 ) -> float:
     """Of choosing the tiles of ``heads`` heads with this policy, in a step of the last ``rows`` of
     ``context`` tokens of a ``prompt`` (of ``context``, unless given), at whose end the policy's
-    tail is. 0 where nothing is scored: for `dense`, for `static`, and at a threshold of 0.
+    tail is. 0 where nothing is scored: for `dense`, for `static`, and at a threshold of 0; and for
+    list selectors, whose time nobody knows.
     """
-    if isinstance(policy, Dense | Static) or keeps_all(policy):
+    if isinstance(policy, Dense | Static | ListSelector) or keeps_all(policy):
         return 0.0
     first, end = (context - rows) // Q_BLOCK * Q_BLOCK, context
     # Keys beyond sink and window, of each q block that has any.
@@ -140,14 +141,15 @@ def core_wins_from(isa: str, heads: int, head_dim: int) -> int:
 def sparse_wins_from(isa: str, policy: AnyPolicy, head_dim: int) -> int | None:
     """The shortest context at which a head with this policy is faster than one that keeps all.
 
-    By its last q block, with `EXPECTED_KEPT` of what is scored being kept; None: at no length.
+    By its last q block, with `EXPECTED_KEPT` of what is scored being kept; None: at no length. Of a
+    list selector, whose time is not known, as soon as there is something to leave out.
     """
     if isinstance(policy, Dense) or keeps_all(policy):
         return None
     if policy.growth == 1:
         return None
     always = policy.sink + policy.local + Q_BLOCK
-    if isinstance(policy, Static):
+    if isinstance(policy, Static | ListSelector):
         return math.ceil(always / (1 - policy.growth))
     rates = RATES[isa]
     key = 4 * head_dim * Q_BLOCK / rates.attend * 1e-9  # seconds to attend to it
