@@ -20,8 +20,10 @@ from vllm_sparse_backend.errors import ProfileError, SparsePrefillError
 from vllm_sparse_backend.exchange import Source, Unsupported, import_profile, minference
 from vllm_sparse_backend.ops.tiles import q_blocks
 from vllm_sparse_backend.profile import ModelFacts, Profile, load_profile
-from vllm_sparse_backend.selection import DENSE, Dense, Mass, Policy, Sale, Static
+from vllm_sparse_backend.selection import DENSE, Dense, ListSelector, Mass, Policy, Sale, Static
+from vllm_sparse_backend.selection.block_topk import BlockTopK
 from vllm_sparse_backend.selection.static import always_kept
+from vllm_sparse_backend.selection.vertical_slash import VerticalSlash
 
 Write = Callable[[str, str | bytes], Path]
 FACTS = ModelFacts(
@@ -29,6 +31,7 @@ FACTS = ModelFacts(
 )
 A_SHAPE = ["stream_llm", 100, 800, 0.75]
 EVERYTHING = minference.EVERYTHING
+BARE: Any = {"sink": 16, "local": 0}  # as little as a list selector can always keep
 
 
 def layer(**heads: list[Any]) -> dict[str, list[Any]]:
@@ -98,25 +101,37 @@ def test_a_window_that_holds_everything_is_dense(take: Callable[..., Any]) -> No
     everything = ["stream_llm", 16, EVERYTHING, 1.0]
     made = take([layer(h1=everything), layer()])
     assert made.profile.for_layer(0)[1] == DENSE
-    assert made.notes == ("7 of 8 heads static, 1 dense",)
+    assert made.notes == ("of 8 heads: 1 dense, 7 static",)
 
 
-@pytest.mark.parametrize("kind", ["vertical_and_slash", "block_sparse"])
-def test_a_pattern_without_selector_is_named_before_anything_is_written(
-    take: Callable[..., Any], kind: str
+@pytest.mark.parametrize(
+    ("pattern", "policy"),
+    [
+        (
+            ["vertical_and_slash", 1000, 6096, 0.9],
+            VerticalSlash(columns=1000, diagonals=6096, **BARE),
+        ),
+        (["vertical_and_slash", 0, 50, 0.9], VerticalSlash(columns=30, diagonals=100, **BARE)),
+        (["vertical_and_slash", 30, EVERYTHING, 0.9], DENSE),
+        (["block_sparse", 7, 7, 0.9], BlockTopK(blocks=100, **BARE)),
+    ],
+)
+def test_the_other_patterns_become_list_selectors(
+    take: Callable[..., Any], pattern: list[Any], policy: Policy
 ) -> None:
-    data = [layer(), layer(h2=[kind, 1000, 6096, 0.9], h3=[kind, 30, 800, 0.9])]
-    with pytest.raises(ProfileError, match=rf"layer 1, head 2 wants {kind} \(1000, 6096\)") as e:
-        take(data)
-    assert "no selector here yet" in str(e.value) and f"2 of 8 heads (2 {kind})" in str(e.value)
-    made = take(data, unsupported="dense")
-    assert made.profile.for_layer(1) == [Static(sink=112, local=800)] * 2 + [DENSE] * 2
-    assert made.notes[1] == f"dense since there is no selector for them yet: 2 {kind}"
+    made = take([layer(), layer(h2=pattern)])
+    assert made.profile.for_layer(1) == [
+        *[Static(sink=112, local=800)] * 2,
+        policy,
+        Static(sink=112, local=800),
+    ]
+    assert f"1 {policy.selector}" in made.notes[0]
+    assert (len(made.notes) == 2) == isinstance(policy, ListSelector)
 
 
 def test_a_head_that_is_not_listed_is_what_it_is_to_minference(take: Callable[..., Any]) -> None:
-    with pytest.raises(ProfileError, match="layer 0, head 0 wants vertical_and_slash"):
-        take([{}, layer()])
+    unlisted = VerticalSlash(columns=1000, diagonals=6096, **BARE)
+    assert take([{}, layer()]).profile.for_layer(0) == [unlisted] * 4
 
 
 @pytest.mark.parametrize(
@@ -303,7 +318,18 @@ def test_nothing_else_comes_out_of_bytes(tmp_path: Path, contents: bytes) -> Non
 # Out again
 
 TILED = st.integers(1, 64).map(lambda tiles: tiles * 16)
-SAID = st.just(DENSE) | st.builds(Static, sink=TILED, local=TILED)
+SAID = st.one_of(
+    st.just(DENSE),
+    st.builds(Static, sink=TILED, local=TILED),
+    st.just(BlockTopK(**BARE)),
+    st.builds(
+        VerticalSlash,
+        columns=st.integers(30, 1 << 20),
+        diagonals=st.integers(100, 1 << 20),
+        sink=st.just(16),
+        local=st.just(0),
+    ),
+)
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -321,7 +347,9 @@ def test_a_round_trip_changes_no_policy(tmp_path: Path, policies: list[Policy]) 
     [
         (Sale(), "layer 1, head 2: sale has no pattern"),
         (Mass(), "layer 1, head 2: mass has no pattern"),
-        (Static(growth=0.1), "layer 1, head 2: static with a window that grows has no pattern"),
+        (VerticalSlash(), "layer 1, head 2: vertical_slash has no pattern"),
+        (BlockTopK(blocks=50, **BARE), "layer 1, head 2: block_topk has no pattern"),
+        (Static(growth=0.1), "layer 1, head 2: static has no pattern"),
     ],
 )
 def test_the_first_head_that_cannot_be_said_is_named(policy: Policy, said: str) -> None:
@@ -352,17 +380,12 @@ def test_import_writes_nothing_it_cannot_compute(
     tmp_path: Path, write: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("vllm_sparse_backend.doctor.model_facts", lambda model: FACTS)
-    slashed = layer(h1=["vertical_and_slash", 1000, 6096, 0.9])
-    theirs, out = write("theirs.json", json.dumps([layer(), slashed])), tmp_path / "ours.json"
+    other = calibrated(algorithm="other")
+    theirs, out = write("config.json", json.dumps(other)), tmp_path / "ours.json"
     arguments = ["import", str(theirs), "--model", "org/name", "-o", str(out)]
     done = CliRunner().invoke(app, arguments)
-    assert done.exit_code == 2 and "layer 1, head 1 wants vertical_and_slash" in done.output
+    assert done.exit_code == 2 and "all layers and heads want other" in done.output
     assert not out.exists()
-    done = CliRunner().invoke(app, [*arguments, "--unsupported", "dense"])
-    assert done.exit_code == 0, done.output
-    assert "7 of 8 heads static, 1 dense\n" in done.output
-    assert "no selector for them yet: 1 vertical_and_slash\n" in done.output
-    assert load_profile(out).for_layer(1)[1] == DENSE
 
 
 def test_import_asks_vllm_for_the_models_numbers(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,21 +34,21 @@ def import_profile(
 ) -> Imported:
     """The profile in another project's file, for the model with these facts.
 
-    ``source``: whose file it is; None: seen from its contents. ``unsupported``: what becomes of
-    heads whose pattern no selector here computes. Raises ProfileError.
+    ``source``: whose file it is; None: seen from its contents. ``unsupported``: what becomes of a
+    part of Model Optimizer's that no selector here computes. Raises ProfileError.
     """
     from vllm_sparse_backend.exchange import minference, modelopt
 
-    readers: dict[Source, Callable[[Any, ModelFacts, str, Unsupported], Imported]] = {
+    readers: dict[Source, Callable[[Any, ModelFacts, str], Imported]] = {
         "minference": minference.read,
-        "modelopt": modelopt.read,
+        "modelopt": partial(modelopt.read, unsupported=unsupported),
     }
     data = read_json(path)
     try:
         chosen = source or _source_of(data)
         # A config.json is called after the checkpoint it lies in.
         name = path.resolve().parent.name if path.name == "config.json" else path.stem
-        made = readers[chosen](data, facts, name, unsupported)
+        made = readers[chosen](data, facts, name)
         made.profile.match(facts)
     except ProfileError as error:
         raise type(error)(f"{path}: {error}") from None

@@ -26,7 +26,9 @@ def import_command(
     ] = "auto",
     unsupported: Annotated[
         Literal["error", "dense"],
-        typer.Option(help="What becomes of heads whose pattern no selector here computes."),
+        typer.Option(
+            help="What becomes of an algorithm of Model Optimizer's that no selector here computes."
+        ),
     ] = "error",
 ) -> None:
     """Make a profile of MInference's patterns or Model Optimizer's skip-softmax calibration."""

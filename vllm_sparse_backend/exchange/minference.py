@@ -7,8 +7,10 @@ among them. This is ``static`` here. Ours counts the window from the q block and
 both numbers go up to the next multiple of a tile, which is what would be computed in any case.
 
 ``vertical_and_slash``: the ``v`` columns and ``s`` diagonals with the most mass for the last 64
-queries. ``block_sparse``: 100 blocks of 64 by pooled scores, whatever ``v`` and ``s``. Neither has
-a selector here. A head that a layer does not list gets vertical_and_slash there, 1000 and 6096.
+queries, 30 columns and 100 diagonals at least: ``vertical_slash`` here. A head that a layer does
+not list gets it with 1000 and 6096. ``block_sparse``: 100 blocks of 64 by pooled scores, whatever
+``v`` and ``s``: ``block_topk``. Both with as little of a window as a policy can have, since theirs
+have none of their own.
 
 ``score`` is from the search and read by nobody. There is no type for a dense head; an A-shape whose
 window holds every context computes the same, and is written and read as that.
@@ -23,9 +25,15 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, Strict, TypeAdapter, ValidationError
 
 from vllm_sparse_backend.errors import ProfileError, describe
-from vllm_sparse_backend.exchange import Imported, Unsupported
+from vllm_sparse_backend.exchange import Imported
 from vllm_sparse_backend.profile import Calibration, ModelFacts, Profile
-from vllm_sparse_backend.selection import DENSE, Policy, Static, keeps_all
+from vllm_sparse_backend.selection import DENSE, ListSelector, Policy, Static, keeps_all
+from vllm_sparse_backend.selection.block_topk import BlockTopK
+from vllm_sparse_backend.selection.vertical_slash import (
+    FORCED_COLUMNS,
+    FORCED_DIAGONALS,
+    VerticalSlash,
+)
 
 TILE: Literal[16] = 16
 LONGEST = 1 << 20  # of sink and window in a policy
@@ -42,27 +50,20 @@ UNLISTED: Pattern = ("vertical_and_slash", 1000, 6096, 1.0)
 _LAYERS: TypeAdapter[list[dict[str, Pattern]]] = TypeAdapter(list[dict[_Head, Pattern]])
 
 
-def read(data: Any, facts: ModelFacts, name: str, unsupported: Unsupported) -> Imported:
+def read(data: Any, facts: ModelFacts, name: str) -> Imported:
     """The profile in a pattern file's contents. Raises ProfileError."""
-    layers = _layers(data, facts)
     policies: dict[int, dict[int, Policy]] = {}
-    missing: list[tuple[int, int, Pattern]] = []
-    for layer, patterns in enumerate(layers):
-        for head in range(facts.num_heads):
-            pattern = patterns.get(str(head), UNLISTED)
-            if pattern[0] != "stream_llm":
-                missing.append((layer, head, pattern))
-            elif policy := _static(pattern, layer, head):
-                policies.setdefault(layer, {})[head] = policy
-    total = facts.num_layers * facts.num_heads
-    if missing and unsupported == "error":
-        raise ProfileError(_without_selector(missing, total))
-    static = sum(map(len, policies.values()))
-    notes = [f"{static} of {total} heads static, {total - static} dense"]
-    notes += [
-        f"dense since there is no selector for them yet: {count} {kind}"
-        for kind, count in Counter(pattern[0] for _, _, pattern in missing).items()
-    ]
+    for layer, patterns in enumerate(_layers(data, facts)):
+        policies[layer] = {
+            head: _policy(patterns.get(str(head), UNLISTED), layer, head)
+            for head in range(facts.num_heads)
+        }
+    every = [policy for heads in policies.values() for policy in heads.values()]
+    counts = Counter(policy.selector for policy in every)
+    said = ", ".join(f"{counts[selector]} {selector}" for selector in sorted(counts))
+    notes = [f"of {len(every)} heads: {said}"]
+    if listed := sum(isinstance(policy, ListSelector) for policy in every):
+        notes.append(f"{listed} of them follow list selectors, which run on CPUs only")
     profile = Profile.build(
         facts,
         policies,
@@ -79,17 +80,14 @@ def write(profile: Profile) -> str:
     for layer in range(profile.model.num_layers):
         patterns = {}
         for head, policy in enumerate(profile.for_layer(layer)):
-            if keeps_all(policy):
-                patterns[str(head)] = ["stream_llm", TILE, EVERYTHING, SCORE]
-            elif isinstance(policy, Static) and not policy.growth:
-                # Of no tokens at all it would leave out the row's own.
-                patterns[str(head)] = ["stream_llm", policy.sink, max(1, policy.local), SCORE]
-            else:
-                grows = " with a window that grows" if isinstance(policy, Static) else ""
+            pattern = _pattern(policy)
+            if pattern is None:
                 raise ProfileError(
-                    f"layer {layer}, head {head}: {policy.selector}{grows} has no pattern in "
-                    "MInference; want static or dense heads only"
+                    f"layer {layer}, head {head}: {policy.selector} has no pattern in MInference "
+                    "that computes the same; want dense, static that does not grow, or what "
+                    f"import makes of its other patterns, got {policy!r}"
                 )
+            patterns[str(head)] = pattern
         layers.append(patterns)
     return json.dumps(layers) + "\n"
 
@@ -114,26 +112,37 @@ def _layers(data: Any, facts: ModelFacts) -> list[dict[str, Pattern]]:
     return layers
 
 
-def _static(pattern: Pattern, layer: int, head: int) -> Static | None:
-    """None: it leaves nothing out."""
-    _, sink, window, _ = pattern
-    if window == 0:
+def _policy(pattern: Pattern, layer: int, head: int) -> Policy:
+    kind, first, second, _ = pattern
+    if kind == "block_sparse":
+        return BlockTopK(sink=TILE, local=0)
+    if kind == "vertical_and_slash":
+        columns, diagonals = max(first, FORCED_COLUMNS), max(second, FORCED_DIAGONALS)
+        if max(columns, diagonals) > LONGEST:
+            return DENSE
+        return VerticalSlash(columns=columns, diagonals=diagonals, sink=TILE, local=0)
+    if second == 0:
         raise ProfileError(f"layer {layer}, head {head}: want a window of 1 token or more, got 0")
-    if max(sink, window) > LONGEST:
-        return None
-    return Static(sink=max(TILE, _tiles(sink)), local=_tiles(window - 1), tile=TILE)
+    if max(first, second) > LONGEST:
+        return DENSE
+    return Static(sink=max(TILE, _tiles(first)), local=_tiles(second - 1), tile=TILE)
+
+
+def _pattern(policy: Policy) -> Pattern | None:
+    """None: there is none that computes the same."""
+    if keeps_all(policy):
+        return "stream_llm", TILE, EVERYTHING, SCORE
+    if isinstance(policy, Static) and not policy.growth:
+        # A window of no tokens at all would leave out the row's own.
+        return "stream_llm", policy.sink, max(1, policy.local), SCORE
+    if policy == BlockTopK(sink=TILE, local=0):
+        return "block_sparse", 0, 0, SCORE
+    if isinstance(policy, VerticalSlash):
+        own = VerticalSlash(columns=policy.columns, diagonals=policy.diagonals, sink=TILE, local=0)
+        if policy == own:
+            return "vertical_and_slash", policy.columns, policy.diagonals, SCORE
+    return None
 
 
 def _tiles(tokens: int) -> int:
     return -(-tokens // TILE) * TILE
-
-
-def _without_selector(missing: list[tuple[int, int, Pattern]], total: int) -> str:
-    layer, head, (kind, v, s, _) = missing[0]
-    counts = Counter(pattern[0] for _, _, pattern in missing)
-    counted = ", ".join(f"{count} {kind}" for kind, count in counts.items())
-    return (
-        f"layer {layer}, head {head} wants {kind} ({v}, {s}), for which there is no selector here "
-        f"yet; so do {len(missing)} of {total} heads ({counted}). Nothing was written; "
-        "--unsupported dense makes them dense"
-    )
