@@ -3,52 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from inputs import Layer
 
-from vllm_sparse_backend.ops import AttentionStats, layout, paged_sparse_attention, select_tiles
+from vllm_sparse_backend.compare import ours
+from vllm_sparse_backend.compat_attention import PAGE, CpuAttention
+from vllm_sparse_backend.ops import layout
 from vllm_sparse_backend.ops.policies import PolicyTable
-from vllm_sparse_backend.ops.tiles import TileList
 from vllm_sparse_backend.selection import AnyPolicy
 
-PAGE = 128
 KV_LAYOUTS = {"cpu": "vec", "triton": "strided"}
 
 Run = Callable[[], torch.Tensor]
 
 
-class Ours:
+class Ours(ours.Ours):
     """The op over a paged cache, as the backend calls it."""
 
     def __init__(
         self, layer: Layer, policies: list[AnyPolicy], cache: torch.Tensor, impl: str
     ) -> None:
-        rows, on = len(layer.q), layer.q.device
-        self._arguments = (
-            layer.q,
-            cache,
-            torch.arange(len(cache), dtype=torch.int32, device=on)[None],
-            torch.tensor([0, rows], dtype=torch.int32, device=on),
-            torch.tensor([len(layer.k)], dtype=torch.int32, device=on),
-            PolicyTable(policies),
-        )
-        self._how: Any = {"impl": impl, "kv_layout": KV_LAYOUTS[impl]}
-        if layer.prompt_len is not None:
-            lens = torch.tensor([layer.prompt_len], dtype=torch.int32, device=on)
-            self._how["prompt_lens"] = lens
-        self._out = torch.empty_like(layer.q)
-        self.stats: list[AttentionStats] = []  # of every run
-
-    def __call__(self) -> torch.Tensor:
-        out, stats = paged_sparse_attention(*self._arguments, out=self._out, **self._how)
-        self.stats.append(stats)
-        return out
-
-    def tiles(self) -> TileList:
-        """What it computes."""
-        return select_tiles(*self._arguments, **self._how)
+        super().__init__(layer, PolicyTable(policies), cache, KV_LAYOUTS[impl], impl)
 
 
 def pack(layer: Layer, impl: str) -> torch.Tensor:
@@ -59,27 +35,10 @@ def pack(layer: Layer, impl: str) -> torch.Tensor:
 def cpu_attn(layer: Layer) -> Run:
     """vLLM's own kernel, with the layout it chooses; its plan is made anew for every call, as in
     every step of a server."""
-    from vllm import _custom_ops as ops
-    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
-
-    q, k, v = layer.q, layer.k, layer.v
-    (rows, heads, dim), kv_heads = q.shape, k.shape[1]
-    isa = _get_attn_isa(q.dtype, PAGE, dim)
-    cache = torch.zeros(-(-len(k) // PAGE), kv_heads, 2 * PAGE, dim, dtype=q.dtype)
-    keys, values = cache.chunk(2, dim=2)
-    ops.cpu_attn_reshape_and_cache(k, v, keys, values, torch.arange(len(k)), isa)
-    pages = torch.arange(len(cache), dtype=torch.int32)[None]
-    starts = torch.tensor([0, rows], dtype=torch.int32)
-    lengths = torch.tensor([len(k)], dtype=torch.int32)
-    out = torch.empty_like(q)
+    attention, out = CpuAttention(layer.k, layer.v), torch.empty_like(layer.q)
 
     def run() -> torch.Tensor:
-        plan = ops.cpu_attn_get_scheduler_metadata(
-            1, heads, kv_heads, dim, lengths, q.dtype, starts, True, -1, isa, True
-        )
-        ops.cpu_attention_with_kv_cache(
-            q, keys, values, out, starts, lengths, dim**-0.5, True, None, -1, pages, 0.0, plan, None
-        )
+        attention(layer.q, len(layer.k), layer.softmax_scale, out)
         return out
 
     return run

@@ -95,7 +95,7 @@ def generate(shape: Shape, length: int, dtype: torch.dtype, seed: int) -> Layer:
             rows, targets = _plant_needles(asked, keys, g)
             needles.append(torch.stack((rows, torch.full_like(rows, head), targets), 1))
             q[:, head] = math.sqrt(dim) / size * asked.channels @ rotation
-    return Layer(q, k, v, torch.cat(needles))
+    return Layer(q, k, v, needles=torch.cat(needles))
 
 
 def _keys(length: int, dim: int, g: torch.Generator) -> Features:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from vllm_sparse_backend.compare import layer as plain
 from vllm_sparse_backend.ops.tiles import Q_BLOCK
 
 CHUNK = 2048  # rows of a long prompt that a server computes in one step
@@ -40,14 +41,10 @@ SHAPES = {
 
 
 @dataclass(frozen=True)
-class Layer:
-    """Queries, keys and values of a whole prompt, and the needles in it."""
+class Layer(plain.Layer):
+    """Queries, keys and values, and the needles in them."""
 
-    q: torch.Tensor  # [n, Hq, D]
-    k: torch.Tensor  # [n, Hkv, D]
-    v: torch.Tensor  # [n, Hkv, D]
     needles: torch.Tensor | None = None  # int64 [N, 3]: row, q head, key; None: not known
-    prompt_len: int | None = None  # of the prompt of which this is a part; None: it is whole
 
     def to(self, to: torch.dtype | torch.device) -> Layer:
         """The same in another dtype, or elsewhere; the needles stay where they are."""
@@ -68,8 +65,8 @@ class Step:
         if needles is not None:
             inside = (needles[:, 0] >= self.start) & (needles[:, 0] < self.end)
             needles = needles[inside] - torch.tensor([self.start, 0, 0])
-        rows = slice(self.start, self.end)
-        return Layer(layer.q[rows], layer.k[: self.end], layer.v[: self.end], needles, len(layer.k))
+        part = layer.step(self.start, self.end)
+        return Layer(part.q, part.k, part.v, part.prompt_len, part.scale, needles)
 
 
 @dataclass(frozen=True)

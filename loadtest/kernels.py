@@ -31,7 +31,7 @@ from results import Report, draw, table
 from rich.console import Console
 
 from vllm_sparse_backend.profile import load_profile
-from vllm_sparse_backend.selection import UNIFORM_DEFAULT, AnyPolicy, parse_policy
+from vllm_sparse_backend.selection import UNIFORM_DEFAULT, label, parse_policy
 
 Input = StrEnum("Input", ["CAPTURED", "GENERATED", "RANDOM"])
 SDPA_LIMIT = 16384  # tokens beyond which it takes minutes and tells nothing new
@@ -42,12 +42,6 @@ def _policy(text: str) -> Any:
         return parse_policy({"selector": text} if text.isidentifier() else json.loads(text))
     except ValueError as error:
         raise typer.BadParameter(f"{text}: {error}") from error
-
-
-def _name(policy: AnyPolicy) -> str:
-    """The selector and what differs from its defaults."""
-    fields = policy.model_dump(exclude_defaults=True, exclude={"selector"})
-    return " ".join([policy.selector, *(f"{key}={value}" for key, value in fields.items())])
 
 
 def _layers(
@@ -135,7 +129,7 @@ def main(
             ]
             heads = layers[0].q.shape[1]
             contenders: dict[str, Contender] = {
-                _name(each): [[each] * heads] * len(layers) for each in uniform
+                label(each): [[each] * heads] * len(layers) for each in uniform
             }
             for each in profiles:
                 contenders[each.name] = [each.for_layer(number) for number in LAYERS]

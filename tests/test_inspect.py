@@ -24,12 +24,12 @@ from vllm_sparse_backend.ops import reference
 from vllm_sparse_backend.profile import ModelFacts, Profile
 from vllm_sparse_backend.report.attention import AttentionMap
 from vllm_sparse_backend.report.attention_plot import attention_figure
-from vllm_sparse_backend.report.heads import Inspection, inspect_profile, label
+from vllm_sparse_backend.report.heads import Inspection, inspect_profile
 from vllm_sparse_backend.report.heads_plot import heads_figure
 from vllm_sparse_backend.report.heads_table import by_threshold, colour, print_heads
 from vllm_sparse_backend.report.measured import Found, densities, density_at, find
 from vllm_sparse_backend.report.svg import inline
-from vllm_sparse_backend.selection import DENSE, AnyPolicy, Mass, Sale, Static
+from vllm_sparse_backend.selection import DENSE, AnyPolicy, Mass, Sale, Static, label
 
 RUNNER = CliRunner()
 SCALE = 0.08  # with which random heads keep some tiles and skip others

@@ -63,7 +63,7 @@ def test_an_oracle_needs_few_tiles_and_a_window_does_not_do(
     assert 0.05 < fine < coarse < 0.45
     last = loadtest["inputs"].Step(2048, 4096, 1.0).of(layer)
     run = loadtest["contenders"].Ours(
-        last, importlib.import_module("vllm_sparse_backend.selection").Static(local=256),
+        last, [importlib.import_module("vllm_sparse_backend.selection").Static(local=256)] * 4,
         loadtest["contenders"].pack(last, "cpu"), "cpu",
     )  # fmt: skip
     error = loadtest["truth"].Truth(last).judge(run(), run.tiles())

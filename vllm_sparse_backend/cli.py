@@ -9,9 +9,11 @@ import typer
 
 from vllm_sparse_backend import __version__
 from vllm_sparse_backend.calibrate.command import calibrate
+from vllm_sparse_backend.compare.command import compare_
 from vllm_sparse_backend.demo.command import demo, serve_demo
 from vllm_sparse_backend.evaluate.command import evaluate_
 from vllm_sparse_backend.exchange.command import export_command, import_command
+from vllm_sparse_backend.fit_gates.command import fit_gates
 from vllm_sparse_backend.report.command import report
 from vllm_sparse_backend.report.estimation import estimate
 from vllm_sparse_backend.report.inspection import inspect
@@ -31,6 +33,8 @@ app.command("import")(import_command)
 app.command("export")(export_command)
 app.command()(inspect)
 app.command()(calibrate)
+app.command("fit-gates")(fit_gates)
+app.command("compare")(compare_)
 app.command()(estimate)
 app.command()(report)
 

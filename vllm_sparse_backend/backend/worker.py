@@ -84,11 +84,10 @@ class Worker:
             # There is no cost model of GPUs, for want of measurements: a policy is followed as soon
             # as a request is sparse, that is from min_prompt_tokens on.
             return PolicyTable(policies, place=place)
-        # A head's policy costs more than keeping all while little lies beyond its window.
-        never = 2**31 - 1
         least = self.setup.config.min_prompt_tokens
-        wins = [cost.sparse_wins_from(self.setup.isa, policy, head_dim) for policy in policies]
-        followed_from = [never if tokens is None else max(least, tokens) for tokens in wins]
+        followed_from = [
+            cost.followed_from(self.setup.isa, policy, head_dim, least) for policy in policies
+        ]
         return PolicyTable(policies, followed_from, place)
 
     def _policies(self, layer_name: str, num_heads: int) -> list[AnyPolicy]:

@@ -21,8 +21,9 @@ from vllm_sparse_backend.options import (
 )
 
 if TYPE_CHECKING:
+    from vllm_sparse_backend.calibrate.candidates import Ladder
     from vllm_sparse_backend.calibrate.results import Measurement
-    from vllm_sparse_backend.calibrate.run import Progress
+    from vllm_sparse_backend.calibrate.run import Model, Progress
 
 # What bounds each rule, and its default.
 BUDGETS = {
@@ -72,6 +73,14 @@ def calibrate(
             "--work."
         ),
     ] = "head",
+    methods: Annotated[
+        str,
+        typer.Option(
+            metavar="all|NAME,...",
+            help="Selectors that a head may get, list selectors among them. They take longer: each "
+            "setting of theirs chooses tiles for all of every document.",
+        ),
+    ] = "sale,mass,static",
     theta: Annotated[
         float | None,
         typer.Option(min=0.0, help="Of rule sale: absolute error per row. Default: 0.4."),
@@ -128,6 +137,7 @@ def calibrate(
       vllm-sparse calibrate ./model --text src/ --lengths 8192,32768 --error 0.01
       vllm-sparse calibrate ./model --text src/ --rule loss --error 0.06
       vllm-sparse calibrate ./model --text src/ --rule sale --theta 0.4
+      vllm-sparse calibrate ./model --text src/ --methods all --rule global
 
     \b
     Then:
@@ -159,13 +169,12 @@ def calibrate(
         from vllm_sparse_backend.tasks.stream import TokenStream
 
         budget = _budget(rule, {"--error": error, "--theta": theta, "--work": work})
+        asked = _methods(methods, rule)
         chosen = parse_lengths(lengths)
         overrides = json_object(hf_overrides, "--hf-overrides")
         path = ensure_model(model)
         facts = read_facts(path, packaged=False)
-        _check_lengths(
-            chosen, (overrides or {}).get("max_position_embeddings", facts.max_positions)
-        )
+        check_lengths(chosen, (overrides or {}).get("max_position_embeddings", facts.max_positions))
         from transformers import AutoTokenizer
 
         sources = read_sources(text)
@@ -177,6 +186,7 @@ def calibrate(
         ]
         prompts = make_documents(streams, kinds, chosen, documents, seed)
         look = look_at(str(path))
+        usable, ladders = _usable(asked, look)
         chosen_dtype = fast_dtype() if dtype == "auto" else dtype
         wanted = Wanted(
             options=EngineOptions(
@@ -197,6 +207,8 @@ def calibrate(
             seed=seed,
             output=output,
             as_served=as_served,
+            methods=usable,
+            ladders=ladders,
         )
         warn_if_busy()
         with _bar(len(prompts) * (1 + as_served) + (rule == "loss")) as progress:
@@ -220,7 +232,54 @@ def _budget(rule: str, given: dict[str, float | None]) -> float:
     return default if budget is None else budget
 
 
-def _check_lengths(lengths: list[int], positions: int) -> None:
+def _methods(text: str, rule: str) -> list[str]:
+    """The selectors that are named, and "all" if it is. Raises Refused and SelectorError."""
+    from vllm_sparse_backend.calibrate.candidates import FUSED
+    from vllm_sparse_backend.selection import registry
+
+    known = [*FUSED, *sorted(registry.known())]
+    asked = list(dict.fromkeys(part.strip() for part in text.split(",")))
+    for name in asked:
+        if name not in (*known, "all"):
+            raise Refused(f"--methods: want all or some of {', '.join(known)}, got {name!r}")
+    if rule == "sale" and not {"sale", "all"} & set(asked):
+        raise Refused(f"--methods {text}: rule sale chooses thresholds of sale, which is not there")
+    return asked
+
+
+def _usable(asked: list[str], look: Model) -> tuple[tuple[str, ...], tuple[Ladder, ...]]:
+    """The selectors that heads may get, and the ladders to measure. Of "all" those are left out
+    that have no settings or miss a file, with a line that says so. Raises Refused for one that was
+    named, and SelectorError."""
+    from vllm_sparse_backend.calibrate.candidates import (
+        FUSED,
+        ladders_of,
+        list_ladder,
+        why_unusable,
+    )
+    from vllm_sparse_backend.demo.progress import note
+    from vllm_sparse_backend.selection import registry
+
+    every = [*FUSED, *sorted(registry.known())] if "all" in asked else asked
+    usable = []
+    for name in every:
+        try:
+            why = None
+            if name not in FUSED:
+                why = why_unusable(list_ladder(name), look.facts, look.sparse_layers)
+        except Refused as error:
+            why = str(error)
+        if why is None:
+            usable.append(name)
+        elif name in asked:
+            raise Refused(f"--methods {name}: {why}")
+        else:
+            note(f"left out: {name}: {why}")
+    return tuple(usable), ladders_of(usable)
+
+
+def check_lengths(lengths: list[int], positions: int) -> None:
+    """Raise Refused unless something of all prompts is sparse and the model takes them."""
     for length in lengths:
         if length < SHORTEST:
             raise Refused(

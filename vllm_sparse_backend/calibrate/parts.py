@@ -36,14 +36,21 @@ class PartsFolder:
         ladders = range(sum(each.startswith("error.") for each in tensors))
         fields: dict[str, Any] = {each: tensors[each] for each in SINGLE}
         fields |= {each: [tensors[f"{each}.{n}"] for n in ladders] for each in BY_LADDER}
+        if "keep_all" in tensors:
+            listed = range(sum(each.startswith("select.") for each in tensors))
+            fields["select"] = [tensors[f"select.{n}"] for n in listed]
+            fields["keep_all"] = tensors["keep_all"]
         return Part(group=group, octaves=tensors["octaves"].tolist(), **fields)
 
     def save(self, name: str, key: str, part: Part) -> None:
         """Write a finished document's, whole or not at all. Raises SparsePrefillError."""
-        tensors = {"octaves": np.array(part.octaves, dtype=np.int64)}
+        tensors: dict[str, Any] = {"octaves": np.array(part.octaves, dtype=np.int64)}
         tensors |= {each: getattr(part, each) for each in SINGLE}
         for each in BY_LADDER:
             tensors |= {f"{each}.{n}": x for n, x in enumerate(getattr(part, each))}
+        if part.select and part.keep_all is not None:
+            tensors |= {f"select.{n}": x for n, x in enumerate(part.select)}
+            tensors["keep_all"] = part.keep_all
         self._write(name, key, tensors)
 
     def load_sensitivity(self, key: str) -> Floats | None:

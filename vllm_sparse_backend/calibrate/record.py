@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from vllm_sparse_backend.backend.observe import Call
+from vllm_sparse_backend.calibrate.candidates import LADDERS, Ladder
 from vllm_sparse_backend.calibrate.measure import BY_LADDER, LayerRecord, Sums, sampled
 from vllm_sparse_backend.calibrate.table import Group, Part
 from vllm_sparse_backend.config import SparseConfig
+from vllm_sparse_backend.ops import paged_sparse_attention
+from vllm_sparse_backend.selection import DENSE
 
 
 class Recorder:
     """Of one document; called before each layer's attention of each step (`observe.observing`).
 
     ``blocks``: q blocks measured of a whole document of ``length`` tokens, evenly over its steps;
-    which ones, ``seed`` says. ``advance`` is called after each layer of each step.
+    which ones, ``seed`` says. ``advance`` is called after each layer of each step. With ``ladders``
+    of list selectors, whose time no cost model knows, the core is timed with every tile kept on the
+    same step. ``prompt``: tokens of the document itself.
     """
 
     def __init__(
@@ -27,7 +34,12 @@ class Recorder:
         blocks: int,
         seed: str,
         advance: Callable[[], None],
+        ladders: Sequence[Ladder] = LADDERS,
+        prompt: int | None = None,
     ) -> None:
+        self._ladders, self._prompt = ladders, prompt
+        self._listed = any(ladder.listed for ladder in ladders)
+        self._keep_all: dict[int, float] = defaultdict(float)  # seconds, by layer
         self._group, self._config, self._blocks = group, config, blocks
         self._seed, self._advance = seed, advance
         self._layers: dict[int, LayerRecord] = {}
@@ -37,9 +49,13 @@ class Recorder:
         if self._is_sparse(len(q), context):
             rng = random.Random(f"{self._seed} {context}")  # the same blocks in every layer
             count = max(1, round(self._blocks * len(q) / self._group.length))
-            record = self._layers.setdefault(call.layer, LayerRecord(q.shape[1]))
+            if call.layer not in self._layers:
+                self._layers[call.layer] = LayerRecord(q.shape[1], self._ladders, call.layer)
             k, v = call.keys_values()
-            record.add(q, k, v, call.scale, sampled(len(q), context, count, rng))
+            blocks = sampled(len(q), context, count, rng)
+            self._layers[call.layer].add(q, k, v, call.scale, blocks, self._prompt)
+            if self._listed:
+                self._keep_all[call.layer] += _keep_all_seconds(call)
         self._advance()
 
     def layers(self) -> list[int]:
@@ -59,12 +75,23 @@ class Recorder:
             first.rows,
             first.causal,
             **{name: _stacked(sums, name) for name in BY_LADDER},
+            select=_stacked(sums, "select"),
+            keep_all=np.array([self._keep_all[layer] for layer in self.layers()]),
         )
 
     def _is_sparse(self, rows: int, context: int) -> bool:
         """Whether a server would follow a policy in this step."""
         config = self._config
         return rows >= config.min_query_tokens and context >= config.min_prompt_tokens
+
+
+def _keep_all_seconds(call: Call) -> float:
+    began = time.perf_counter()
+    paged_sparse_attention(
+        call.q, call.kv_cache, call.block_table, call.query_start_loc, call.seq_lens, DENSE,
+        scale=call.scale, requests=[0], kv_layout=call.kv_layout,
+    )  # fmt: skip
+    return time.perf_counter() - began
 
 
 def _stacked(sums: list[Sums], name: str) -> list[np.ndarray]:

@@ -93,4 +93,6 @@ class Measurement(_Record):
     predicted: dict[int, Predicted]  # by length
     # Of the prediction from the exact model's, as rule loss predicts it: nats a token, by length.
     divergence: dict[int, float] = {}
+    methods: list[str] = []  # selectors that heads could get
+    choosing: dict[str, float] = {}  # seconds of a step in a layer, of list selectors' settings
     seconds: float  # it took

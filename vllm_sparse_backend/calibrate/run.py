@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from vllm_sparse_backend import __version__
-from vllm_sparse_backend.calibrate.candidates import LADDERS
+from vllm_sparse_backend.calibrate.candidates import FUSED, LADDERS, Ladder
 from vllm_sparse_backend.calibrate.documents import Document
 from vllm_sparse_backend.calibrate.measure import BY_LADDER
 from vllm_sparse_backend.calibrate.parts import SENSITIVITY, PartsFolder
 from vllm_sparse_backend.calibrate.record import Recorder
 from vllm_sparse_backend.calibrate.results import Measurement, measurement_of, parts_of
 from vllm_sparse_backend.calibrate.rules import Choice, Rule, choose
-from vllm_sparse_backend.calibrate.summary import profile_of, summary_of
+from vllm_sparse_backend.calibrate.summary import choosing, profile_of, summary_of
 from vllm_sparse_backend.calibrate.table import Floats, Part, Table, relative_cost, tabulate
 from vllm_sparse_backend.config import SparseConfig
 from vllm_sparse_backend.errors import SparsePrefillError
@@ -52,6 +52,8 @@ class Wanted:
     seed: int
     output: Path
     as_served: bool = False
+    methods: tuple[str, ...] = FUSED  # selectors that heads may get
+    ladders: tuple[Ladder, ...] = LADDERS  # `ladders_of` these
 
 
 @dataclass(frozen=True)
@@ -110,21 +112,24 @@ def calibrate(
         sensitivity = _sensitivity(wanted, model, documents, progress, folder)
     isa = core.active_isa()
 
-    def chosen_behind(served: dict[str, Any], followed: str) -> tuple[Profile, Table, Choice]:
+    def chosen_behind(
+        served: dict[str, Any], followed: str
+    ) -> tuple[Profile, Table, Choice, dict[str, float]]:
         parts = _parts(wanted, model, documents, progress, folder, served, followed)
-        table = tabulate(parts)
-        cost = relative_cost(table, isa, model.facts.head_dim)
+        table = tabulate(parts, wanted.ladders)
+        cost = relative_cost(table, isa, model.facts.head_dim, wanted.methods)
         choice = choose(table, cost, wanted.rule, wanted.budget, wanted.tail, sensitivity)
-        profile = profile_of(wanted, model, table, choice, isa)
+        took = choosing(wanted, parts, table, choice)
+        profile = profile_of(wanted, model, table, choice, isa, took)
         _write(profile, wanted.output)
-        return profile, table, choice
+        return profile, table, choice, took
 
-    profile, table, choice = chosen_behind(DENSE_CONFIG, "dense")
+    profile, table, choice, took = chosen_behind(DENSE_CONFIG, "dense")
     if wanted.as_served:
         itself = {"profile": str(wanted.output.resolve())}
-        profile, table, choice = chosen_behind(itself, profile.digest)
+        profile, table, choice, took = chosen_behind(itself, profile.digest)
     seconds = time.perf_counter() - started
-    measurement = summary_of(wanted, model, profile, table, choice, isa, seconds, sensitivity)
+    measurement = summary_of(wanted, model, profile, table, choice, isa, seconds, took, sensitivity)
     path = measurement_of(wanted.output)
     scratch = path.with_suffix(".new")
     scratch.write_text(measurement.model_dump_json(indent=1) + "\n", encoding="utf-8")
@@ -203,7 +208,15 @@ def _read(
     from vllm_sparse_backend.backend.observe import observing
 
     seed = f"{wanted.seed} {document.name}"
-    recorder = Recorder(document.group, SparseConfig(), wanted.blocks, seed, advance)
+    recorder = Recorder(
+        document.group,
+        SparseConfig(),
+        wanted.blocks,
+        seed,
+        advance,
+        wanted.ladders,
+        len(document.token_ids),
+    )
     prompt: Any = {"prompt_token_ids": list(document.token_ids)}
     with observing(recorder):
         llm.generate(prompt, SamplingParams(max_tokens=1, temperature=0), use_tqdm=False)
@@ -222,7 +235,9 @@ def _key(wanted: Wanted, model: Model, document: Document, followed: str) -> str
         "model": model.facts.model_dump(),
         "served": [wanted.options.identity(), followed],
         "figures": BY_LADDER,
-        "ladders": [[its.model_dump() for its in ladder.settings] for ladder in LADDERS],
+        "ladders": [
+            [its.model_dump(mode="json") for its in ladder.settings] for ladder in wanted.ladders
+        ],
         "measured": [wanted.blocks, wanted.seed],
         "tokens": document.token_ids,
     }

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vllm_sparse_backend.calibrate.candidates import LADDERS
 from vllm_sparse_backend.calibrate.results import (
     Curve,
     Figures,
@@ -17,10 +16,10 @@ from vllm_sparse_backend.calibrate.results import (
     Predicted,
 )
 from vllm_sparse_backend.calibrate.rules import Choice, Rule, divergence
-from vllm_sparse_backend.calibrate.table import Floats, Table
+from vllm_sparse_backend.calibrate.table import Floats, Part, Table
 from vllm_sparse_backend.ops.cpu import cost
 from vllm_sparse_backend.profile import Calibration, Profile
-from vllm_sparse_backend.selection import DENSE, AnyPolicy
+from vllm_sparse_backend.selection import DENSE, AnyPolicy, ListSelector, label
 
 if TYPE_CHECKING:
     from vllm_sparse_backend.calibrate.run import Model, Wanted
@@ -28,7 +27,14 @@ if TYPE_CHECKING:
 DIGITS = 5  # of figures in files
 
 
-def profile_of(wanted: Wanted, model: Model, table: Table, choice: Choice, isa: str) -> Profile:
+def profile_of(
+    wanted: Wanted,
+    model: Model,
+    table: Table,
+    choice: Choice,
+    isa: str,
+    choosing: dict[str, float],
+) -> Profile:
     """Every calibrated head's policy; what was not calibrated is dense."""
     policies = {
         layer: {head: table.candidates[i].policy for head, i in enumerate(row)}
@@ -40,6 +46,7 @@ def profile_of(wanted: Wanted, model: Model, table: Table, choice: Choice, isa: 
         seconds = predicted(model, table, length, choice, isa)
         figures |= {f"{name}_{length}": value for name, value in mean.model_dump().items()}
         figures[f"attention_speedup_{length}"] = round(seconds.base / seconds.sparse, 2)
+    measured = "".join(f"; {name}: {seconds:.3g} s" for name, seconds in choosing.items())
     calibration = Calibration(
         texts=list(wanted.texts),
         lengths=list(table.lengths),
@@ -50,7 +57,8 @@ def profile_of(wanted: Wanted, model: Model, table: Table, choice: Choice, isa: 
         figures=figures,
         note=f"rule {wanted.rule}, budget {wanted.budget:g}; density: mean over heads and kinds of "
         "text; error, tail and recall: mean over heads, each in its worst kind; "
-        f"attention_speedup: predicted, against CPU_ATTN with {isa}",
+        f"attention_speedup: predicted, against CPU_ATTN with {isa}"
+        + (f"; choosing tiles, measured, of a step and layer{measured}" if choosing else ""),
     )
     return Profile.build(
         model.facts, policies, name=wanted.name, defaults=DENSE, calibration=calibration
@@ -65,6 +73,7 @@ def summary_of(
     choice: Choice,
     isa: str,
     seconds: float,
+    choosing: dict[str, float],
     sensitivity: Floats | None = None,
 ) -> Measurement:
     """What is written beside the profile."""
@@ -100,6 +109,8 @@ def summary_of(
             length: predicted(model, table, length, choice, isa) for length in table.lengths
         },
         divergence={} if sensitivity is None else _divergence(table, choice, sensitivity),
+        methods=list(wanted.methods),
+        choosing=choosing,
         seconds=round(seconds, 1),
     )
 
@@ -112,15 +123,33 @@ def _divergence(table: Table, choice: Choice, sensitivity: Floats) -> dict[int, 
     }
 
 
+def choosing(
+    wanted: Wanted, parts: Sequence[Part], table: Table, choice: Choice
+) -> dict[str, float]:
+    """Seconds that the list selectors of the choice took for a step of ``chunk_tokens`` tokens in a
+    layer, all of its heads; the mean over layers and documents."""
+    steps = sum(-(-part.group.length // wanted.options.chunk_tokens) for part in parts)
+    fused = sum(not ladder.listed for ladder in table.ladders)
+    found = {}
+    for its in (table.candidates[i] for i in sorted(set(choice.flat))):
+        if isinstance(its.policy, ListSelector):
+            took = sum(part.select[its.ladder - fused][:, its.setting].mean() for part in parts)
+            found[label(its.policy)] = _rounded(took / steps)
+    return found
+
+
 def predicted(model: Model, table: Table, length: int, choice: Choice, isa: str) -> Predicted:
     """Of the calibrated layers, for a whole prompt."""
     dim = model.facts.head_dim
-    density = _chosen(table.density[:, table.of_length(length)].mean(1), choice)
+    groups = table.of_length(length)
+    density = _chosen(table.density[:, groups].mean(1), choice)
+    measured = _chosen(table.selection[:, groups].mean(1), choice).sum()
     policies = [table.candidates[i].policy for i in choice.flat]
     sparse = sum(
         cost.sparse_seconds(isa, policy, length, length, 1, dim, float(its))
         for policy, its in zip(policies, density.flat, strict=True)
     )
+    sparse += measured * cost.sparse_seconds(isa, DENSE, length, length, 1, dim, 1.0)
     return Predicted(
         base=_rounded(cost.base_seconds(isa, length, length, len(policies), dim)),
         keep_all=_rounded(cost.attend_seconds(isa, length, length, len(policies), dim)),
@@ -148,7 +177,7 @@ def _figures(
 def _curves(table: Table) -> Iterable[Curve]:
     """Every head under one threshold, for the selectors that have one."""
     for length in table.lengths:
-        for number, ladder in enumerate(LADDERS):
+        for number, ladder in enumerate(table.ladders):
             members = [
                 i
                 for i, its in enumerate(table.candidates)

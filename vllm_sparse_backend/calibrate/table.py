@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from vllm_sparse_backend.calibrate.candidates import LADDERS
+from vllm_sparse_backend.calibrate.candidates import LADDERS, Ladder
 from vllm_sparse_backend.calibrate.measure import BY_LADDER
 from vllm_sparse_backend.ops.cpu import cost
 from vllm_sparse_backend.selection import DENSE, AnyPolicy
@@ -17,7 +17,8 @@ from vllm_sparse_backend.selection import DENSE, AnyPolicy
 Floats = npt.NDArray[np.float64]
 # The figures of a table, and what they are where everything is computed.
 EXACT = {
-    "density": 1.0, "error": 0.0, "tail": 0.0, "recall": 1.0, "absolute": 0.0, "square": 0.0
+    "density": 1.0, "error": 0.0, "tail": 0.0, "recall": 1.0, "absolute": 0.0, "square": 0.0,
+    "selection": 0.0,
 }  # fmt: skip
 
 
@@ -33,7 +34,9 @@ class Part:
     """What one document gave: `measure.Sums` of its layers, stacked; L layers of H heads.
 
     ``size`` [L, H, octaves], ``rows`` and ``causal`` [octaves]; by ladder [L, H, octaves, G]:
-    ``error``, ``square``, ``worst``, ``worst_size``, ``mass``, ``kept``.
+    ``error``, ``square``, ``worst``, ``worst_size``, ``mass``, ``kept``. By listed ladder [L, G],
+    ``select``: seconds of choosing tiles for a layer's heads; ``keep_all`` [L]: those of the core
+    with every tile kept, on the same steps, where there are listed ladders.
     """
 
     group: Group
@@ -47,6 +50,8 @@ class Part:
     worst_size: Sequence[Floats]
     mass: Sequence[Floats]
     kept: Sequence[Floats]
+    select: Sequence[Floats] = ()
+    keep_all: Floats | None = None
 
 
 class Candidate(NamedTuple):
@@ -62,6 +67,7 @@ class Candidate(NamedTuple):
 class Table:
     """C candidates, the last of them dense, over K groups, L layers, H heads: [C, K, L, H] each."""
 
+    ladders: Sequence[Ladder]
     candidates: list[Candidate]
     groups: list[Group]
     density: Floats
@@ -70,6 +76,8 @@ class Table:
     recall: Floats
     absolute: Floats  # sum of |O~ - O| per row, as SALE's calibration has it
     square: Floats  # sum of (O~ - O)^2 per row
+    # Of list selectors, measured: choosing tiles over keeping all. Of others 0, it is predicted.
+    selection: Floats
 
     @property
     def lengths(self) -> list[int]:
@@ -81,39 +89,45 @@ class Table:
         return [i for i, group in enumerate(self.groups) if group.length == length]
 
 
-def all_candidates() -> list[Candidate]:
+def all_candidates(ladders: Sequence[Ladder] = LADDERS) -> list[Candidate]:
     """Those of every ladder, with every slope that it has, and dense."""
     return [
         Candidate(ladder.at(i, slope), number, i, slope)
-        for number, ladder in enumerate(LADDERS)
+        for number, ladder in enumerate(ladders)
         for slope in ladder.slopes
         for i in range(len(ladder.settings))
     ] + [Candidate(DENSE)]
 
 
-def tabulate(parts: Iterable[Part]) -> Table:
-    """The table of all documents; those of one group are taken together."""
+def tabulate(parts: Iterable[Part], ladders: Sequence[Ladder] = LADDERS) -> Table:
+    """The table of all documents, measured with these ladders; those of one group are taken
+    together."""
     by_group: dict[Group, list[Part]] = {}
     for part in parts:
         by_group.setdefault(part.group, []).append(part)
     groups = sorted(by_group)
-    columns = [_columns(by_group[group]) for group in groups]
+    columns = [_columns(by_group[group], ladders) for group in groups]
     stacked = {name: np.stack([column[name] for column in columns], 1) for name in EXACT}
-    return Table(all_candidates(), groups, **stacked)
+    return Table(ladders, all_candidates(ladders), groups, **stacked)
 
 
-def _columns(parts: Sequence[Part]) -> dict[str, Floats]:
+def _columns(parts: Sequence[Part], ladders: Sequence[Ladder]) -> dict[str, Floats]:
     """One group's figures, [C, L, H] each."""
     size = sum(part.size.sum(2) for part in parts)  # [L, H]
     rows, causal = (
         sum(x.sum() for x in each) for each in ([p.rows for p in parts], [p.causal for p in parts])
     )
     made: dict[str, list[Floats]] = {name: [] for name in EXACT}
-    for number, ladder in enumerate(LADDERS):
+    for number, ladder in enumerate(ladders):
+        selection = np.zeros((*size.shape, len(ladder.settings)))
+        if ladder.listed:
+            at = number - len(LADDERS)  # list selectors' are behind the fused ones
+            took = np.sum([part.select[at] for part in parts], 0)  # [L, G]
+            selection += (took / np.sum([_keep_all(its) for its in parts], 0)[:, None])[:, None]
         for slope in ladder.slopes:
             error, square, worst, worst_size, mass, kept = (
                 sum(
-                    _moved(getattr(part, name)[number], part.octaves, number, slope)
+                    _moved(getattr(part, name)[number], part.octaves, ladder, slope)
                     for part in parts
                 )
                 for name in BY_LADDER
@@ -124,6 +138,7 @@ def _columns(parts: Sequence[Part]) -> dict[str, Floats]:
             made["recall"].append(mass / rows)
             made["absolute"].append(error / rows)
             made["square"].append(square / rows)
+            made["selection"].append(selection)
     return {
         name: np.concatenate(
             [np.moveaxis(np.concatenate(arrays, 2), 2, 0), np.full((1, *size.shape), EXACT[name])]
@@ -132,28 +147,44 @@ def _columns(parts: Sequence[Part]) -> dict[str, Floats]:
     }
 
 
-def _moved(sums: Floats, octaves: Sequence[int], ladder: int, slope: float) -> Floats:
+def _keep_all(part: Part) -> Floats:
+    assert part.keep_all is not None
+    return part.keep_all
+
+
+def _moved(sums: Floats, octaves: Sequence[int], ladder: Ladder, slope: float) -> Floats:
     """Summed over octaves [L, H, G], each at the setting that its context moves a threshold to."""
     settings = sums.shape[3]
     total = np.zeros((*sums.shape[:2], settings))
     for place, octave in enumerate(octaves):
-        index = np.arange(settings) + LADDERS[ladder].moved(slope, octave)
+        index = np.arange(settings) + ladder.moved(slope, octave)
         total += sums[:, :, place, index.clip(0, settings - 1)]
     return total
 
 
-def relative_cost(table: Table, isa: str, head_dim: int) -> Floats:
-    """Predicted seconds of each candidate's head over those of keeping all, mean over the lengths;
-    [C, L, H]. By `ops.cpu.cost`, from the mean density of a length's groups.
+def relative_cost(
+    table: Table, isa: str, head_dim: int, methods: Sequence[str] | None = None
+) -> Floats:
+    """Seconds of each candidate's head over those of keeping all, mean over the lengths; [C, L, H].
+    Predicted by `ops.cpu.cost` from the mean density of a length's groups, but for what list
+    selectors take, which was measured. Infinite for the selectors that are not among ``methods``,
+    where given.
     """
     total = np.zeros((table.density.shape[0], *table.density.shape[2:]))
     for length in table.lengths:
+        groups = table.of_length(length)
         keep_all = cost.sparse_seconds(isa, DENSE, length, length, 1, head_dim, 1.0)
-        density = table.density[:, table.of_length(length)].mean(1)
         selection = [
-            cost.selection_seconds(isa, LADDERS[n].settings[-1], length, length, 1, head_dim)
-            for n in range(len(LADDERS))
+            cost.selection_seconds(isa, ladder.settings[-1], length, length, 1, head_dim)
+            for ladder in table.ladders
         ] + [0.0]  # of dense, whose ladder is -1
         extra = np.array([selection[its.ladder] for its in table.candidates])
-        total += density + (extra / keep_all)[:, None, None]
+        measured = table.density[:, groups].mean(1) + table.selection[:, groups].mean(1)
+        total += measured + (extra / keep_all)[:, None, None]
+    if methods is not None:
+        left_out = [
+            its.ladder >= 0 and table.ladders[its.ladder].selector not in methods
+            for its in table.candidates
+        ]
+        total[left_out] = np.inf
     return total / len(table.lengths)

@@ -9,8 +9,8 @@ import numpy as np
 
 from vllm_sparse_backend.ops.tiles import Q_BLOCK, SUBTILE
 from vllm_sparse_backend.report.attention import AttentionMap
-from vllm_sparse_backend.report.heads import label
 from vllm_sparse_backend.report.svg import INK, look
+from vllm_sparse_backend.selection import label
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

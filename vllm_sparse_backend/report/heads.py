@@ -9,12 +9,12 @@ from vllm_sparse_backend.profile import ModelFacts, Profile
 from vllm_sparse_backend.report.measured import Found, densities
 from vllm_sparse_backend.selection import (
     AnyPolicy,
-    ListSelector,
     Mass,
     Policy,
     Sale,
     Static,
-    keeps_all,
+    label,
+    main_parameter,
 )
 
 ORDER = ("dense", "static", "sale", "mass")  # then list selectors, by name
@@ -156,15 +156,6 @@ def groups(kinds: list[Kind]) -> list[Group]:
     return found
 
 
-def main_parameter(policy: AnyPolicy) -> str:
-    """What decides how much a policy computes; "" for dense."""
-    if isinstance(policy, Static):
-        return "local"
-    if isinstance(policy, ListSelector):
-        return policy.main_parameter
-    return "tau" if isinstance(policy, Sale | Mass) else ""
-
-
 def _place(policy: AnyPolicy) -> tuple[tuple[int, str], float, str]:
     name = main_parameter(policy)
     value = float(getattr(policy, name)) if name else 0.0
@@ -179,21 +170,3 @@ def _rank(selector: str) -> tuple[int, str]:
 def threshold(policy: AnyPolicy) -> float | None:
     """Of a scored policy: `tau`."""
     return policy.tau if isinstance(policy, Sale | Mass) else None
-
-
-def _text(value: object) -> str:
-    return f"{value:g}" if isinstance(value, int | float) else str(value)
-
-
-def label(policy: AnyPolicy) -> str:
-    """The selector, its main parameter, and what else is not the default."""
-    main = main_parameter(policy)
-    fields = type(policy).model_fields
-    others = [
-        name
-        for name, field in fields.items()
-        if name not in (main, "selector") and getattr(policy, name) != field.default
-    ]
-    shown = [name for name in (main, *others) if name]
-    words = [policy.selector, *(f"{name} {_text(getattr(policy, name))}" for name in shown)]
-    return ", ".join(words) + (" (keeps all)" if shown and keeps_all(policy) else "")

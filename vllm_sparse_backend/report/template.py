@@ -10,11 +10,12 @@ if TYPE_CHECKING:
 
 
 def environment(folder: Path) -> Environment:
-    """Of the templates in a folder. Everything is escaped but what is marked as safe."""
+    """Of the templates in a folder, and of the style that pages share. Everything is escaped but
+    what is marked as safe."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     return Environment(
-        loader=FileSystemLoader(folder),
+        loader=FileSystemLoader([folder, Path(__file__).parent]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

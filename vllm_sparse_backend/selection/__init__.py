@@ -5,6 +5,8 @@ from vllm_sparse_backend.selection.named import (
     AnyPolicy,
     Policy,
     keeps_all,
+    label,
+    main_parameter,
     parse_policy,
     scaled,
 )
@@ -30,6 +32,8 @@ __all__ = [
     "Static",
     "Tile",
     "keeps_all",
+    "label",
+    "main_parameter",
     "parse_policy",
     "scaled",
 ]

@@ -58,7 +58,7 @@ class ListSelector(Windowed, ABC):
 
         What `vllm-sparse compare` goes through and calibration may choose from.
         """
-        return (cls(),)
+        return (cls(),)  # type: ignore[call-arg]  # a subclass gives its name a default
 
     def scaled(self, factor: float) -> Self | None:
         """The policy with its threshold multiplied: what a request's ``threshold_scale`` asks for.

@@ -92,6 +92,33 @@ def parse_policy(value: AnyPolicy | dict[str, object]) -> AnyPolicy:
     return _ADAPTER.validate_python(value)
 
 
+def main_parameter(policy: AnyPolicy) -> str:
+    """The field that decides how much a policy computes; "" for dense."""
+    if isinstance(policy, Static):
+        return "local"
+    if isinstance(policy, ListSelector):
+        return policy.main_parameter
+    return "tau" if isinstance(policy, Sale | Mass) else ""
+
+
+def label(policy: AnyPolicy, main: bool = True) -> str:
+    """For people: the selector, its main parameter, unless that is not wanted, and what else is not
+    the default."""
+    name = main_parameter(policy)
+    others = [
+        each
+        for each, field in type(policy).model_fields.items()
+        if each not in (name, "selector") and getattr(policy, each) != field.default
+    ]
+    shown = [each for each in (name if main else "", *others) if each]
+    words = [policy.selector, *(f"{each} {_text(getattr(policy, each))}" for each in shown)]
+    return ", ".join(words) + (" (keeps all)" if shown and keeps_all(policy) else "")
+
+
+def _text(value: object) -> str:
+    return f"{value:g}" if isinstance(value, int | float) else str(value)
+
+
 def keeps_all(policy: AnyPolicy) -> bool:
     """Whether a policy computes every tile whatever the scores."""
     return isinstance(policy, Dense) or (isinstance(policy, Sale | Mass) and policy.tau == 0)

@@ -21,7 +21,20 @@ from vllm_sparse_backend.selection.policy import FUSED
 GROUP = "vllm_sparse_backend.selectors"
 FUSED_NAMES = tuple(policy.model_fields["selector"].default for policy in FUSED)
 BUILT_IN = {
+    "anchor": "vllm_sparse_backend.selection.anchor:Anchor",
+    "block_topk": "vllm_sparse_backend.selection.block_topk:BlockTopK",
+    "flashprefill": "vllm_sparse_backend.selection.flashprefill:FlashPrefill",
+    "flexprefill": "vllm_sparse_backend.selection.flexprefill:FlexPrefill",
+    "hip": "vllm_sparse_backend.selection.hip:HiP",
+    "hyper": "vllm_sparse_backend.selection.hyper:Hyper",
+    "longheads": "vllm_sparse_backend.selection.longheads:LongHeads",
+    "neighborhood": "vllm_sparse_backend.selection.neighborhood:Neighborhood",
+    "seer": "vllm_sparse_backend.selection.seer:Seer",
+    "skip_softmax": "vllm_sparse_backend.selection.skip_softmax:SkipSoftmax",
+    "sparge": "vllm_sparse_backend.selection.sparge:Sparge",
     "strided": "vllm_sparse_backend.selection.s2:Strided",
+    "vertical_slash": "vllm_sparse_backend.selection.vertical_slash:VerticalSlash",
+    "xattention": "vllm_sparse_backend.selection.xattention:XAttention",
 }
 
 

@@ -106,6 +106,11 @@ def use_library(path: Path | None) -> None:
     set_isa(None)
 
 
+def library() -> Path:
+    """The file of the compiled core, which may be missing."""
+    return _library_path
+
+
 @functools.cache
 def _library() -> ctypes.CDLL:
     if not _library_path.exists():

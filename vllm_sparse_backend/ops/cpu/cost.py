@@ -23,6 +23,7 @@ Q_BLOCK = 64
 # of it: more than any head's share that was measured on text of 8K, so that a head is sparse
 # only where that surely pays.
 EXPECTED_KEPT = 0.5
+NEVER = 2**31 - 1  # tokens of context
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +160,13 @@ def sparse_wins_from(isa: str, policy: AnyPolicy, head_dim: int) -> int | None:
     if saved <= 0:
         return None
     return math.ceil((always + rates.block_seconds / saved) / (1 - policy.growth))
+
+
+def followed_from(isa: str, policy: AnyPolicy, head_dim: int, least: int) -> int:
+    """The context from which on a server follows a head's policy: no shorter than ``least``, since
+    a policy costs more than keeping all while little lies beyond its window."""
+    wins = sparse_wins_from(isa, policy, head_dim)
+    return NEVER if wins is None else max(least, wins)
 
 
 def _operations(rows: int, context: int, heads: int, head_dim: int) -> float:
