@@ -1,14 +1,19 @@
-"""List selectors made for tests, and distributions that ship some, without an installer."""
+"""List selectors made for tests, distributions that ship some, without an installer, and what is
+measured of any."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from _engine import Scenario, generate
+from _models import token_ids
+from _parallel import write_profile
 
 from vllm_sparse_backend.selection import ListSelector, registry
+from vllm_sparse_backend.selection.kept import kept_tiles
 from vllm_sparse_backend.selection.view import View
 
 
@@ -58,3 +63,37 @@ def forget() -> None:
     """Have entry points looked for anew."""
     registry.known.cache_clear()
     registry.find.cache_clear()
+
+
+def most_memory(policy: ListSelector, view: View) -> int:
+    """The most bytes there are at a time while it chooses, beside the view's own."""
+    cpu = torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[cpu], profile_memory=True) as profiled:
+        kept_tiles(policy, view)
+    held = most = 0
+    for event in profiled.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most
+
+
+def assert_served(model: Path, layers: list[list[dict[str, Any]]], folder: Path) -> None:
+    """An engine answers under these policies, by layer and head, in chunks of any size, and
+    leaves tiles out."""
+    prompts = [token_ids(seed, length) for seed, length in enumerate((3000, 40, 1200, 700))]
+    profile = str(write_profile(folder / "p.json", layers))
+    config = {"min_prompt_tokens": 64, "dense_core": False, "profile": profile}
+    scenarios = [
+        Scenario(
+            str(model),
+            [prompts],
+            config=config,
+            engine={"max_num_batched_tokens": size, "max_num_seqs": 8},
+        )
+        for size in (300, 4096)
+    ]
+    for result in generate(scenarios, folder):
+        assert [len(answer.tokens) for answer in result.answers[0]] == [16] * 4
+        assert result.layer_tokens["sparse"] > 2 * 3000
+        assert 0 < result.tiles["computed"] < 0.9 * result.tiles["causal"]

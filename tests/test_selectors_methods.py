@@ -10,11 +10,8 @@ from typing import Any
 import pytest
 import torch
 from _attention import make_paged, make_qkv, needs_core
-from _engine import Scenario, generate
-from _models import token_ids
-from _parallel import write_profile
 from _rules import Tiles, contains, found, poisoned, step, view_of
-from _selectors import forget
+from _selectors import assert_served, forget, most_memory
 
 from vllm_sparse_backend.ops import select_tiles
 from vllm_sparse_backend.selection import ListSelector, coarse, parse_policy, registry
@@ -164,15 +161,7 @@ def test_memory_is_bounded(name: str) -> None:
     k, v = torch.randn(2, 131072, 1, 64, generator=g).bfloat16()
     its = parse_policy({"selector": name})
     assert isinstance(its, ListSelector)
-    cpu = torch.profiler.ProfilerActivity.CPU
-    with torch.profiler.profile(activities=[cpu], profile_memory=True) as profiled:
-        kept_tiles(its, view_of((q, k, v)))
-    held = most = 0
-    for event in profiled.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            most = max(most, held)
-    assert 0 < most < 256 << 20
+    assert 0 < most_memory(its, view_of((q, k, v))) < 256 << 20
 
 
 # In an engine
@@ -195,19 +184,4 @@ POLICIES: list[list[dict[str, Any]]] = [
 
 @needs_core
 def test_an_engine_serves_each_in_a_head_of_its_own(tiny_llama: Path, tmp_path: Path) -> None:
-    prompts = [token_ids(seed, length) for seed, length in enumerate((3000, 40, 1200, 700))]
-    profile = write_profile(tmp_path / "p.json", POLICIES)
-    config = {"min_prompt_tokens": 64, "dense_core": False, "profile": str(profile)}
-    scenarios = [
-        Scenario(
-            str(tiny_llama),
-            [prompts],
-            config=config,
-            engine={"max_num_batched_tokens": size, "max_num_seqs": 8},
-        )
-        for size in (300, 4096)
-    ]
-    for result in generate(scenarios, tmp_path):
-        assert [len(answer.tokens) for answer in result.answers[0]] == [16] * 4
-        assert result.layer_tokens["sparse"] > 2 * 3000
-        assert 0 < result.tiles["computed"] < 0.9 * result.tiles["causal"]
+    assert_served(tiny_llama, POLICIES, tmp_path)

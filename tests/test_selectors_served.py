@@ -9,10 +9,8 @@ from typing import Any
 import pytest
 import torch
 from _attention import needs_core
-from _engine import Scenario, generate
-from _models import token_ids
-from _parallel import write_profile
 from _rules import found, step, view_of
+from _selectors import assert_served, most_memory
 
 from vllm_sparse_backend.fit_gates.fit import untaught
 from vllm_sparse_backend.selection import ListSelector, gates, parse_policy, registry
@@ -108,15 +106,7 @@ def test_memory_is_bounded(name: str, gates_file: str) -> None:
         layer=0,
         read=view.read,
     )
-    cpu = torch.profiler.ProfilerActivity.CPU
-    with torch.profiler.profile(activities=[cpu], profile_memory=True) as profiled:
-        kept_tiles(its, four)
-    held = most = 0
-    for event in profiled.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            most = max(most, held)
-    assert 0 < most < 256 << 20
+    assert 0 < most_memory(its, four) < 256 << 20
 
 
 # In an engine
@@ -141,19 +131,4 @@ def test_an_engine_serves_each_in_a_head_of_its_own(
             {"selector": "static", "local": 64, "growth": 0.25},
         ],
     ]  # fmt: skip
-    prompts = [token_ids(seed, length) for seed, length in enumerate((3000, 40, 1200, 700))]
-    profile = str(write_profile(tmp_path / "p.json", layers))
-    config = {"min_prompt_tokens": 64, "dense_core": False, "profile": profile}
-    scenarios = [
-        Scenario(
-            str(tiny_llama),
-            [prompts],
-            config=config,
-            engine={"max_num_batched_tokens": size, "max_num_seqs": 8},
-        )
-        for size in (300, 4096)
-    ]
-    for result in generate(scenarios, tmp_path):
-        assert [len(answer.tokens) for answer in result.answers[0]] == [16] * 4
-        assert result.layer_tokens["sparse"] > 2 * 3000
-        assert 0 < result.tiles["computed"] < 0.9 * result.tiles["causal"]
+    assert_served(tiny_llama, layers, tmp_path)
