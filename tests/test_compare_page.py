@@ -9,6 +9,7 @@ import pytest
 from _compare_records import DEFAULT, LENGTHS, comparison, ladder, methods, perplexity, point
 from test_report import _Page
 
+from vllm_sparse_backend.compare.end_to_end import about
 from vllm_sparse_backend.compare.page import render_html
 from vllm_sparse_backend.compare.plots import frontier_figure, selection_figure
 from vllm_sparse_backend.compare.results import Comparison
@@ -87,6 +88,13 @@ def test_the_nearest_setting_is_the_cheapest_within_the_error() -> None:
     least = nearest(points, 0.001)
     assert least is not None and least.error == 0.01
     assert nearest([], 0.1) is None
+
+
+def test_what_the_table_shows_is_evaluated_first() -> None:
+    points = comparison().method(OURS).of_length(4096)  # of errors 0.01, 0.02, 0.04
+    assert [its.error for its in about(points, 0.03, 3)] == [0.02, 0.04, 0.01]
+    assert [its.error for its in about(points, 0.015, 2)] == [0.01, 0.02]
+    assert [its.error for its in about(points, 0.001, 1)] == [0.01]
 
 
 def test_efficiency_lengths_are_of_an_error() -> None:

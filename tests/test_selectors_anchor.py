@@ -111,6 +111,7 @@ def test_a_higher_theta_keeps_more() -> None:
 def test_a_threshold_scale_is_of_the_weight() -> None:
     assert Anchor(theta=5).scaled(math.e) == Anchor(theta=4.0)
     assert Anchor(theta=1).scaled(100) == Anchor(theta=0.0)
+    assert Anchor(theta=5).scaled(0.0) == Anchor(theta=1000.0)
     assert Anchor(theta=5).scaled(0.5).theta == pytest.approx(5 + math.log(2))
 
 

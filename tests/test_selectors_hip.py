@@ -37,17 +37,17 @@ def best_of(queries: list[Array], keys: Array, begin: int, end: int, limit: int)
     score on the way."""
 
     def score(key: int) -> float:
-        return max(SCALE * q @ keys[key] for q in queries) if key < limit else -np.inf
+        return max(SCALE * q @ keys[min(key, limit - 1)] for q in queries)
 
     best = -np.inf
     while end - begin > 1:
         centre = (begin + end) // 2
         left, right = score((begin + centre) // 2), score((centre + end) // 2)
         best = max(best, left, right)
-        if left > right or (centre + end) // 2 >= limit:
-            end = centre
-        else:
+        if right > left:
             begin = centre
+        else:
+            end = centre
     return best
 
 

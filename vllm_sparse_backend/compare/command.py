@@ -78,8 +78,8 @@ def compare_(
         int,
         typer.Option(
             min=0,
-            help="Also the perplexity under so many settings of each method, those nearest the "
-            "first error: the model is read through vLLM for each.",
+            help="Also the perplexity under so many settings of each method: the one in the table, "
+            "then those nearest the first error. The model is started and read for each.",
         ),
     ] = 0,
     end_to_end_length: Annotated[

@@ -18,6 +18,7 @@ from vllm_sparse_backend.compare.methods import KEEP_ALL, SALE_PAPER, Method, Se
 from vllm_sparse_backend.compare.results import MethodResult, Perplexity, Point
 from vllm_sparse_backend.compare.run import NAME, core_digest, source_digest
 from vllm_sparse_backend.compare.store import PERPLEXITY, Store, digest
+from vllm_sparse_backend.compare.verdict import nearest
 from vllm_sparse_backend.demo.plan import Facts
 from vllm_sparse_backend.evaluate.kept import DenseReadings
 from vllm_sparse_backend.evaluate.plan import Wanted, make_plan
@@ -53,11 +54,13 @@ class EndToEnd:
     repeat: str
 
 
-def nearest(points: Sequence[Point], error: float, count: int) -> list[Point]:
-    """The settings of a method whose errors are nearest to one, by their logarithms."""
+def about(points: Sequence[Point], error: float, count: int) -> list[Point]:
+    """Settings of a method about an error: the one that tables show, and then those nearest by the
+    logarithms of their errors."""
+    shown = nearest(points, error)
 
     def distance(point: Point) -> float:
-        return abs(math.log(max(point.error, 1e-12) / error))
+        return -1.0 if point is shown else abs(math.log(max(point.error, 1e-12) / error))
 
     return sorted(points, key=distance)[:count]
 
@@ -69,7 +72,7 @@ def chosen(method: Method, result: MethodResult, length: int, error: float, coun
         return set()
     always = {label(UNIFORM_DEFAULT), label(SALE_PAPER)}
     names = {its.name for its in method.settings if its.policy is None or its.name in always}
-    return names | {its.setting for its in nearest(result.of_length(length), error, count)}
+    return names | {its.setting for its in about(result.of_length(length), error, count)}
 
 
 def evaluated(

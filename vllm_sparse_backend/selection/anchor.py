@@ -28,7 +28,8 @@ from vllm_sparse_backend.selection.products import Scratch, of_these
 from vllm_sparse_backend.selection.view import View
 
 POOLED = 2 * Q_BLOCK  # rows of a mean
-SLICE = 256  # rows whose scores with sink and window there are at a time
+THETA_MOST = 1000.0  # nats, which is everything
+SLICE = 128  # rows whose scores with sink and window there are at a time
 
 
 class Anchor(ListSelector):
@@ -47,7 +48,7 @@ class Anchor(ListSelector):
     theta: float = Field(
         default=12.0,
         ge=0.0,
-        le=1000.0,
+        le=THETA_MOST,
         description="nats below the anchor at which a key is still kept",
     )
     superblock: int = Field(
@@ -63,7 +64,8 @@ class Anchor(ListSelector):
 
     def scaled(self, factor: float) -> Self:
         """The weight e^-theta is what is multiplied."""
-        return self.model_copy(update={"theta": max(0.0, self.theta - math.log(factor))})
+        theta = self.theta - math.log(factor) if factor else THETA_MOST
+        return self.model_copy(update={"theta": min(max(theta, 0.0), THETA_MOST)})
 
     def keep(self, view: View) -> torch.Tensor:
         """As `ListSelector.keep`. Scores of a superblock's pooled rows with all keys, 25 MB for 3

@@ -8,11 +8,15 @@ best of a q block's rows. Rows are averaged four by four in the first two stages
 and 1024 before the q block are always kept, the first three layers are dense.
 
 What is different here: the last chunks are tiles, of 16 keys and not of 8; they lie at multiples of
-their size and not at those behind the sink, which is the same for the paper's sink. A key in the
-window is never a chunk's representative: it is there in one prompt's chunk and not in another's.
-The paper scores with positions that grow no larger than those trained with, which is how it extends
-the context; here keys and queries are compared as they are, after RoPE. (A model's last layer, also
-dense in the released configuration, is one of the profile's to name.)
+their size and not at those behind the sink, which is the same for the paper's sink. No key of the
+window is a representative, for which the last one before it is asked: of a chunk's end that lies in
+the window, some may not be there yet while a part of a prompt is read. The paper scores with
+positions that grow no larger than those trained with, which is how it extends the context; here
+keys and queries are compared as they are, after RoPE. (A model's last layer, also dense in the
+released configuration, is one of the profile's to name.)
+
+What it costs does not grow with the context once that is longer than what the stages keep, but is
+much: in the last stage all rows of a q block meet half of the keys of 512 tiles.
 """
 
 from __future__ import annotations
@@ -163,8 +167,8 @@ class _Search:
         [G, blocks, chunks].
 
         ``queries`` [G, blocks, rows, D], the view's own if ``exact``; ``starts``
-        [G, blocks, chunks] of chunks of ``size`` keys; keys from ``limit`` [G, blocks, 1] on are
-        not asked.
+        [G, blocks, chunks] of chunks of ``size`` keys; for keys from ``limit`` [G, blocks, 1] on
+        the last one before it is asked.
         """
         view = self._view
         with of_these(view.q, view.k) if exact else nullcontext():
@@ -174,19 +178,18 @@ class _Search:
         self, queries: torch.Tensor, starts: torch.Tensor, size: int, limit: torch.Tensor
     ) -> torch.Tensor:
         best = torch.full(starts.shape, -torch.inf, device=starts.device)
+        last = (limit - 1).clamp(0)[..., None]
         count, rows, dim = queries.shape
         while size > 1:
             half = size // 2
-            middles = torch.stack((starts, starts + half), 3) + half // 2  # [G, blocks, chunks, 2]
-            at = middles.clamp(max=len(self._k) - 1).flatten()
-            keys = self._keys.empty(len(at), dim)
-            keys = torch.index_select(self._k, 0, at, out=keys).view(count, -1, dim)
+            middle = torch.tensor((half // 2, half + half // 2), device=starts.device)
+            at = (starts[..., None] + middle).minimum(last)  # [G, blocks, chunks, 2]
+            keys = self._keys.empty(at.numel(), dim)
+            keys = torch.index_select(self._k, 0, at.flatten(), out=keys).view(count, -1, dim)
             products = self._products.empty(count, rows, keys.shape[1])
             torch.bmm(queries, keys.transpose(1, 2), out=products)
-            scores = products.amax(1).view_as(middles)
-            seen = middles < limit[..., None]
-            left, right = scores.masked_fill(~seen, -torch.inf).unbind(3)
-            best = best.maximum(left).maximum(right)
-            starts = torch.where((left > right) | ~seen[..., 1], starts, starts + half)
+            scores = products.amax(1).view_as(at)
+            best = best.maximum(scores.amax(3))
+            starts = starts.add(scores[..., 1] > scores[..., 0], alpha=half)
             size = half
         return best
