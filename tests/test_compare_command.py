@@ -163,6 +163,24 @@ def test_a_finished_comparison_is_told_again_without_an_engine(
     assert list((output.with_suffix(".parts") / CAPTURED).glob("*.safetensors"))
 
 
+def test_what_was_disturbed_is_measured_again(
+    compared: tuple[Path, set[Path], subprocess.CompletedProcess[str]],
+    tiny_llama: Path,
+    words: Path,
+) -> None:
+    """As if the machine had stood still for seconds, once, beside dense attention."""
+    output = compared[0]
+    path = next((output.with_suffix(".parts") / POINTS).glob("*-strided-*.json"))
+    kept = json.loads(path.read_text())
+    kept["record"]["dense"] = [seconds + 5 for seconds in kept["record"]["dense"]]
+    path.write_text(json.dumps(kept))
+    done = CliRunner().invoke(app, command(tiny_llama, words, output)[1:])
+    assert done.exit_code == 0, done.output
+    assert max(json.loads(path.read_text())["record"]["dense"]) < 1
+    found = Comparison.model_validate_json(output.with_suffix(".json").read_text())
+    assert found.disturbed == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

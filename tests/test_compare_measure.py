@@ -14,7 +14,9 @@ from vllm_sparse_backend.compare.layer import Layer
 from vllm_sparse_backend.compare.measure import CPU_ATTN, Bench, How, Measured
 from vllm_sparse_backend.compare.methods import Setting
 from vllm_sparse_backend.compare.ours import Ours
-from vllm_sparse_backend.compare.run import point_of, source_digest
+from vllm_sparse_backend.compare.rounds import SECONDS, spoiled, usual
+from vllm_sparse_backend.compare.run import point_of
+from vllm_sparse_backend.compare.sources import source_digest
 from vllm_sparse_backend.compare.store import CAPTURED, POINTS, Store
 from vllm_sparse_backend.compare.truth import Judged, Truth, figures
 from vllm_sparse_backend.compat_attention import PAGE, CpuAttention, why_no_cpu_attention
@@ -156,6 +158,24 @@ def test_a_point_is_the_sum_of_its_layers(bench: Bench) -> None:
     assert (point.error, point.density) == pytest.approx((0.2, 0.2))
     turns = [4 / 11, 2 / 9, 3 / 10]
     assert point.spread == pytest.approx((turns[0] - turns[1]) / turns[2])
+
+
+def test_what_was_disturbed_is_known_by_dense_attentions_time(bench: Bench) -> None:
+    (its,) = bench.round([Setting(DENSE)])
+
+    def beside(*dense: float) -> Measured:
+        return its.model_copy(update={"dense": list(dense)})
+
+    # Two settings of one round, and three more rounds.
+    found = {
+        "a": beside(1.0, 1.1, 9.0), "b": beside(1.0, 1.1, 9.0), "c": beside(1.2, 1.0, 1.3),
+        "d": beside(3.0, 3.3, 1.0), "e": beside(0.9, 0.9, 0.9),
+    }  # fmt: skip
+    assert usual(found) == pytest.approx((1.1 + 1.2) / 2)
+    assert spoiled(found) == {"d": pytest.approx(3.0 / 1.15)}
+    short = {"a": beside(0.01), "b": beside(0.011), "c": beside(0.01 + SECONDS)}
+    assert spoiled(short) == {} and spoiled({}) == {}
+    assert set(spoiled({**short, "c": beside(0.02 + SECONDS)})) == {"c"}
 
 
 def test_what_was_read_comes_back_in_its_chunks(tmp_path: Path, layer: Layer) -> None:

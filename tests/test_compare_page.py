@@ -159,6 +159,12 @@ def test_what_was_not_measured_is_said() -> None:
     assert "is not on the frontier" in beaten.text
 
 
+def test_what_was_disturbed_is_said() -> None:
+    found = _Page(render_html(comparison(disturbed=["static, 4,096 tokens: dense took 3"])))
+    assert "Disturbed by something else on the machine: static, 4,096 tokens" in found.text
+    assert "Disturbed" not in _Page(render_html(comparison())).text
+
+
 def test_names_are_text_and_not_markup() -> None:
     evil = "<script>alert('x')</script>"
     html = render_html(comparison(

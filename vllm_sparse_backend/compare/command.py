@@ -183,6 +183,8 @@ def compare_(
         with contextlib.redirect_stdout(sys.stderr):
             comparison = conduct(asked, shlex.join(["vllm-sparse", *sys.argv[1:]]))
         _write(comparison, output)
+        for line in comparison.disturbed:
+            typer.echo(f"disturbed: {line}", err=True)
         if json:
             typer.echo(comparison.model_dump_json(indent=2))
         else:

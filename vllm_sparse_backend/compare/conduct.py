@@ -147,6 +147,7 @@ def conduct(asked: Asked, repeat: str) -> Comparison:
         methods=results,
         left_out=chosen.left_out,
         repeat=repeat,
+        disturbed=found.disturbed,
     )
 
 

@@ -16,7 +16,8 @@ from pydantic import BaseModel, ConfigDict
 from vllm_sparse_backend import __version__
 from vllm_sparse_backend.compare.methods import KEEP_ALL, SALE_PAPER, Method, Setting
 from vllm_sparse_backend.compare.results import MethodResult, Perplexity, Point
-from vllm_sparse_backend.compare.run import NAME, core_digest, source_digest
+from vllm_sparse_backend.compare.run import NAME
+from vllm_sparse_backend.compare.sources import core_digest, source_digest
 from vllm_sparse_backend.compare.store import PERPLEXITY, Store, digest
 from vllm_sparse_backend.compare.verdict import nearest
 from vllm_sparse_backend.demo.plan import Facts

@@ -107,6 +107,7 @@ class Comparison(_Record):
     methods: list[MethodResult]
     left_out: dict[str, str]  # methods, and why
     repeat: str  # the command
+    disturbed: list[str] = []  # measurements that something else on the machine had a part in
 
     def method(self, name: str) -> MethodResult:
         """By name."""

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import statistics
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
-from hashlib import sha256
-from pathlib import Path
 
 # Taken before an engine is started, which puts one that does nothing in its place.
 from torch import get_num_threads, set_num_threads
@@ -22,14 +18,17 @@ from vllm_sparse_backend.compare.capture import capture
 from vllm_sparse_backend.compare.measure import Bench, How, Measured
 from vllm_sparse_backend.compare.methods import Chosen, Method, Setting
 from vllm_sparse_backend.compare.results import MethodResult, Point
+from vllm_sparse_backend.compare.rounds import spoiled, usual
+from vllm_sparse_backend.compare.sources import core_digest, source_digest
 from vllm_sparse_backend.compare.store import POINTS, Store, digest
 from vllm_sparse_backend.offline import EngineOptions
 from vllm_sparse_backend.ops.cpu import core
 from vllm_sparse_backend.profile import ModelFacts
-from vllm_sparse_backend.selection import AnyPolicy, ListSelector
+from vllm_sparse_backend.selection import ListSelector
 
 Advance = Callable[[str, float], None]  # what is being done, and how much of it is done now
 NAME = 16  # hexadecimal digits in a setting's file name
+AGAIN = 2  # times that what was disturbed is measured once more
 
 
 @dataclass(frozen=True)
@@ -89,6 +88,7 @@ class Found:
     dense: str
     dense_seconds: dict[int, float]
     methods: list[MethodResult]
+    disturbed: list[str]  # what something else had a part in, a line each
 
 
 def rehearse_all(chosen: Chosen, facts: ModelFacts, layers: Sequence[int]) -> None:
@@ -116,12 +116,22 @@ def compare(wanted: Wanted, store: Store, advance: Advance) -> Found:
         for job in _all(cell):
             if (known := store.load(POINTS, job.name, job.key, Measured)) is not None:
                 measured[job.name] = known
-                advance("", _weight(cell.document))
+        for name in spoiled(_of(cell, measured)):
+            del measured[name]
+        done = sum(job.name in measured for job in _all(cell))
+        advance("", done * _weight(cell.document))
     missing = [cell for cell in cells if any(job.name not in measured for job in _all(cell))]
     _read(wanted, store, missing, advance)
     with _threads(wanted.threads):
         for cell in missing:
-            _measure(wanted, store, cell, measured, advance)
+            for turn in range(1 + AGAIN):
+                _measure(wanted, store, cell, measured, advance)
+                off = spoiled(_of(cell, measured))
+                if not off or turn == AGAIN:
+                    break
+                for name in off:
+                    del measured[name]
+                    advance("", -_weight(cell.document))
     return _added(wanted, cells, measured)
 
 
@@ -139,6 +149,10 @@ def _measure(
             store.save(POINTS, job.name, job.key, its)
             measured[job.name] = its
             advance("", _weight(cell.document))
+
+
+def _of(cell: Cell, measured: dict[str, Measured]) -> dict[str, Measured]:
+    return {job.name: measured[job.name] for job in _all(cell) if job.name in measured}
 
 
 def _read(wanted: Wanted, store: Store, missing: Sequence[Cell], advance: Advance) -> None:
@@ -188,34 +202,6 @@ def _all(cell: Cell) -> Iterator[Job]:
         yield from jobs
 
 
-@cache
-def core_digest() -> str:
-    """Of the compiled core: another one is as fast as it is."""
-    return sha256(core.library().read_bytes()).hexdigest()
-
-
-@cache
-def source_digest(selector: type[AnyPolicy]) -> str:
-    """Of the module that a list selector is written in, and of those of its package that this takes
-    something from; "" for what the core is compiled of."""
-    if not issubclass(selector, ListSelector):
-        return ""
-    package = selector.__module__.partition(".")[0]
-    names, seen = [selector.__module__], set[str]()
-    while names:
-        name = names.pop()
-        if name not in seen:
-            seen.add(name)
-            taken = (getattr(its, "__module__", None) for its in vars(sys.modules[name]).values())
-            names += [its for its in taken if its in sys.modules and _within(its, package)]
-    files = [sys.modules[name].__file__ for name in sorted(seen)]
-    return digest([sha256(Path(file).read_bytes()).hexdigest() for file in files if file])
-
-
-def _within(module: str, package: str) -> bool:
-    return module == package or module.startswith(f"{package}.")
-
-
 def _weight(document: Document) -> float:
     return float(document.group.length) ** 2
 
@@ -231,14 +217,10 @@ def _threads(count: int) -> Iterator[None]:
 
 
 def _added(wanted: Wanted, cells: Sequence[Cell], measured: dict[str, Measured]) -> Found:
-    dense_seconds = {}
-    for length in wanted.lengths:
-        of_layers = [
-            statistics.median(s for job in _all(cell) for s in measured[job.name].dense)
-            for cell in cells
-            if cell.document.group.length == length
-        ]
-        dense_seconds[length] = sum(of_layers)
+    dense_seconds = {
+        length: sum(usual(_of(it, measured)) for it in cells if it.document.group.length == length)
+        for length in wanted.lengths
+    }
     results = []
     for method in wanted.methods:
         points = []
@@ -257,7 +239,18 @@ def _added(wanted: Wanted, cells: Sequence[Cell], measured: dict[str, Measured])
             )
         )
     bases = {its.base for its in measured.values()}
-    return Found(", ".join(sorted(bases)), dense_seconds, results)
+    disturbed = [line for cell in cells for line in _disturbed(cell, measured)]
+    return Found(", ".join(sorted(bases)), dense_seconds, results, disturbed)
+
+
+def _disturbed(cell: Cell, measured: dict[str, Measured]) -> Iterator[str]:
+    off = spoiled(_of(cell, measured))
+    for method, jobs in cell.jobs.items():
+        if its := [off[job.name] for job in jobs if job.name in off]:
+            yield (
+                f"{method}, {cell.document.group.length:,} tokens, layer {cell.layer}: dense "
+                f"attention took {its[0]:.2f} of its usual time beside it"
+            )
 
 
 def point_of(
