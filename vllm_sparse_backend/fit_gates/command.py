@@ -40,7 +40,8 @@ def fit_gates(
 
     Reads documents of your text through vLLM itself, pools the true attention of
     every layer and head by blocks of 64, and fits each head's two matrices to it
-    (SeerAttention, arXiv 2410.13276). Minutes for a small model.
+    (SeerAttention, arXiv 2410.13276). Minutes for a small model. What changes the
+    model's RoPE (--hf-overrides) must be the same here as where it is served.
 
     \b
     Example:

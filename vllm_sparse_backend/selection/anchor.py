@@ -5,12 +5,13 @@ rows are scored with every key before, and a key is kept, for all rows of 16 suc
 one of them comes within ``theta`` of its mean anchor. The released code has the first 2048 tokens
 for a sink, and for a window what precedes a row in its own 2048 (16 means of 128 rows).
 
-What is different here: keys are kept by the tile, not one by one, of which some key was asked for;
-q blocks of 64 are pooled in pairs; the 2048 rows that share their keys are aligned to the
-position, whole in a prompt's chunk or not, so that chunks of a multiple of 2048 change nothing
-(of a part of them, the part chooses for itself). The released code leaves out the 128 keys before
-the 2048 rows, in neither window nor scan: a slip; here they are scanned. Its attention over sink
-and window goes on to the kept keys; here the maxima are computed beside it.
+What is different here: what is kept are tiles of which some key was asked for, not single keys (on
+16K tokens of code 1.2 to 1.6 times as many of SmolLM2's, for tiles of 16). q blocks of 64 are
+pooled in pairs. The 2048 rows that share their keys are aligned to the position, so that chunks of
+a multiple of 2048 change nothing; of a part of them, the part chooses for itself. The released code
+leaves out the 128 keys before the 2048 rows, in neither window nor scan: a slip; here they are
+scanned. Its attention over sink and window goes on to the kept keys; here the maxima are computed
+beside it, which with the released sink is most of what choosing costs.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ positions that grow no larger than those trained with, which is how it extends t
 keys and queries are compared as they are, after RoPE. (A model's last layer, also dense in the
 released configuration, is one of the profile's to name.)
 
-What it costs does not grow with the context once that is longer than what the stages keep, but is
-much: in the last stage all rows of a q block meet half of the keys of 512 tiles.
+What it costs grows little with a context that is longer than what the stages keep, but is much: in
+the last stage all rows of a q block meet half of the keys of 512 tiles.
 """
 
 from __future__ import annotations
