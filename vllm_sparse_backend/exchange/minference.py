@@ -27,18 +27,20 @@ from pydantic import Field, Strict, TypeAdapter, ValidationError
 from vllm_sparse_backend.errors import ProfileError, describe
 from vllm_sparse_backend.exchange import Imported
 from vllm_sparse_backend.profile import Calibration, ModelFacts, Profile
-from vllm_sparse_backend.selection import DENSE, ListSelector, Policy, Static, keeps_all
-from vllm_sparse_backend.selection.block_topk import BlockTopK
-from vllm_sparse_backend.selection.vertical_slash import (
-    FORCED_COLUMNS,
-    FORCED_DIAGONALS,
-    VerticalSlash,
+from vllm_sparse_backend.selection import (
+    DENSE,
+    ListSelector,
+    Policy,
+    Static,
+    keeps_all,
+    parse_policy,
 )
 
 TILE: Literal[16] = 16
 LONGEST = 1 << 20  # of sink and window in a policy
 EVERYTHING = 1 << 24  # a window that no context fills; written for dense heads
 SCORE = 1.0
+FORCED_COLUMNS, FORCED_DIAGONALS = 30, 100  # of vertical_and_slash, whatever it says
 
 Kind = Literal["stream_llm", "vertical_and_slash", "block_sparse"]
 _Size = Annotated[int, Strict(), Field(ge=0, le=1 << 31)]
@@ -115,17 +117,22 @@ def _layers(data: Any, facts: ModelFacts) -> list[dict[str, Pattern]]:
 def _policy(pattern: Pattern, layer: int, head: int) -> Policy:
     kind, first, second, _ = pattern
     if kind == "block_sparse":
-        return BlockTopK(sink=TILE, local=0)
+        return _bare("block_topk")
     if kind == "vertical_and_slash":
         columns, diagonals = max(first, FORCED_COLUMNS), max(second, FORCED_DIAGONALS)
         if max(columns, diagonals) > LONGEST:
             return DENSE
-        return VerticalSlash(columns=columns, diagonals=diagonals, sink=TILE, local=0)
+        return _bare("vertical_slash", columns=columns, diagonals=diagonals)
     if second == 0:
         raise ProfileError(f"layer {layer}, head {head}: want a window of 1 token or more, got 0")
     if max(first, second) > LONGEST:
         return DENSE
     return Static(sink=max(TILE, _tiles(first)), local=_tiles(second - 1), tile=TILE)
+
+
+def _bare(selector: str, **fields: int) -> Policy:
+    """With no more of a window than every policy has. By name: its module wants torch."""
+    return parse_policy({"selector": selector, "sink": TILE, "local": 0, **fields})
 
 
 def _pattern(policy: Policy) -> Pattern | None:
@@ -135,12 +142,12 @@ def _pattern(policy: Policy) -> Pattern | None:
     if isinstance(policy, Static) and not policy.growth:
         # A window of no tokens at all would leave out the row's own.
         return "stream_llm", policy.sink, max(1, policy.local), SCORE
-    if policy == BlockTopK(sink=TILE, local=0):
+    if policy.selector == "block_topk" and policy == _bare("block_topk"):
         return "block_sparse", 0, 0, SCORE
-    if isinstance(policy, VerticalSlash):
-        own = VerticalSlash(columns=policy.columns, diagonals=policy.diagonals, sink=TILE, local=0)
-        if policy == own:
-            return "vertical_and_slash", policy.columns, policy.diagonals, SCORE
+    if policy.selector == "vertical_slash":
+        its = policy.model_dump(include={"columns", "diagonals"})
+        if policy == _bare("vertical_slash", **its):
+            return "vertical_and_slash", its["columns"], its["diagonals"], SCORE
     return None
 
 

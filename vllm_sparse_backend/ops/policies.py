@@ -44,7 +44,7 @@ class PolicyTable:
     number, unless given. Compares and hashes by identity.
     """
 
-    __slots__ = ("dense_below", "device_rows", "native", "place", "rows")
+    __slots__ = ("dense_below", "device_rows", "has_listed", "native", "place", "rows")
 
     def __init__(
         self,
@@ -53,6 +53,7 @@ class PolicyTable:
         place: Place | None = None,
     ) -> None:
         self.rows = list(rows)  # one per q head
+        self.has_listed = any(isinstance(policy, ListSelector) for policy in self.rows)
         self.place = place or Place(None, 0, len(self.rows))
         self.dense_below = [0] * len(self.rows) if dense_below is None else list(dense_below)
         if len(self.dense_below) != len(self.rows):

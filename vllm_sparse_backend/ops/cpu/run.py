@@ -32,8 +32,13 @@ def forward(
 
     Their selection is counted with every thread's time, none of which does anything else.
     """
-    starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
     inputs = q, kv_cache, block_table, query_start_loc, seq_lens, table, scale
+    if not table.has_listed:
+        counted = core.forward(
+            *inputs, requests, kv_layout, out, tiles_out, prompt_lens=prompt_lens
+        )
+        return AttentionStats(*counted)
+    starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
     listed = {r: heads for r in requests if (heads := table.listed(lengths[r]))}
     parts = []
     if together := [r for r in requests if r not in listed]:
