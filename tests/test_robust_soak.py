@@ -55,10 +55,11 @@ def test_memory_is_of_all_processes_of_a_session(soak: Any) -> None:
         [sys.executable, "-c", script], stdin=subprocess.PIPE, start_new_session=True
     ) as parent:
         found: dict[str, int] = {}
-        while len(found) < 2:
+        # One that is just being started has next to no memory: both interpreters are waited for.
+        while len(found) < 2 or min(found.values()) < MIB:
             found = soak.memory(parent.pid)
         assert any(name.endswith(f" {parent.pid}") for name in found)
-        assert all(MIB < resident < 500 * MIB for resident in found.values())
+        assert all(resident < 500 * MIB for resident in found.values())
         assert f"{os.getpid()}" not in {name.rpartition(" ")[2] for name in found}
         assert parent.stdin is not None
         parent.stdin.close()
