@@ -10,7 +10,7 @@ from inputs import Layer
 from vllm_sparse_backend.compare import ours
 from vllm_sparse_backend.compat_attention import PAGE, CpuAttention
 from vllm_sparse_backend.ops import layout
-from vllm_sparse_backend.ops.policies import PolicyTable
+from vllm_sparse_backend.ops.policies import Place, PolicyTable
 from vllm_sparse_backend.selection import AnyPolicy
 
 KV_LAYOUTS = {"cpu": "vec", "triton": "strided"}
@@ -24,7 +24,8 @@ class Ours(ours.Ours):
     def __init__(
         self, layer: Layer, policies: list[AnyPolicy], cache: torch.Tensor, impl: str
     ) -> None:
-        super().__init__(layer, PolicyTable(policies), cache, KV_LAYOUTS[impl], impl)
+        place = Place(layer.number, 0, len(policies))
+        super().__init__(layer, PolicyTable(policies, place=place), cache, KV_LAYOUTS[impl], impl)
 
 
 def pack(layer: Layer, impl: str) -> torch.Tensor:

@@ -45,6 +45,7 @@ class Layer(plain.Layer):
     """Queries, keys and values, and the needles in them."""
 
     needles: torch.Tensor | None = None  # int64 [N, 3]: row, q head, key; None: not known
+    number: int | None = None  # in the model; None: of no model
 
     def to(self, to: torch.dtype | torch.device) -> Layer:
         """The same in another dtype, or elsewhere; the needles stay where they are."""
@@ -66,7 +67,7 @@ class Step:
             inside = (needles[:, 0] >= self.start) & (needles[:, 0] < self.end)
             needles = needles[inside] - torch.tensor([self.start, 0, 0])
         part = layer.step(self.start, self.end)
-        return Layer(part.q, part.k, part.v, part.prompt_len, part.scale, needles)
+        return Layer(part.q, part.k, part.v, part.prompt_len, part.scale, needles, self.number)
 
 
 @dataclass(frozen=True)

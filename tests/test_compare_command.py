@@ -29,7 +29,7 @@ from vllm_sparse_backend.compare.methods import PAPER, SALE_PAPER, choose, fused
 from vllm_sparse_backend.compare.results import Comparison
 from vllm_sparse_backend.compare.run import rehearse_all
 from vllm_sparse_backend.compare.store import CAPTURED, POINTS
-from vllm_sparse_backend.options import Refused
+from vllm_sparse_backend.options import Refused, parse_names
 from vllm_sparse_backend.profile import ModelFacts, Profile
 from vllm_sparse_backend.selection import (
     DENSE,
@@ -300,9 +300,10 @@ def test_what_misses_a_file_is_left_out_unless_it_was_asked_for(
         rehearse_all(choose("seer"), FACTS, (0, 1))
     with pytest.raises(Refused, match=r"seer, gates mine\.safetensors: gates mine"):
         rehearse_all(choose("strided", [Seer(gates="mine.safetensors")]), FACTS, (0, 1))
+    known = [*FUSED, *registry.known()]
     with pytest.raises(Refused, match="--methods seer: gates gates"):
-        calibrations_usable(["seer"], Model(FACTS, (0, 1)))
-    usable, ladders = calibrations_usable(["all"], Model(FACTS, (0, 1)))
+        calibrations_usable(parse_names("seer", known), Model(FACTS, (0, 1)))
+    usable, ladders = calibrations_usable(parse_names("all", known), Model(FACTS, (0, 1)))
     assert set(usable) == {*FUSED, *registry.known()} - {"seer"}
     assert [ladder.selector for ladder in ladders[3:]] == list(usable[3:])
 

@@ -13,6 +13,7 @@ from vllm_sparse_backend.options import (
     errors_named,
     json_object,
     parse_lengths,
+    parse_names,
 )
 
 
@@ -21,6 +22,17 @@ def test_lengths() -> None:
     for text in ("", "4096,", "many", "0", "-1,5", "4k"):
         with pytest.raises(Refused, match=r"--of: want numbers with commas between them, got"):
             parse_lengths(text, "--of")
+
+
+def test_names() -> None:
+    known = ["a", "b", "c-d"]
+    assert parse_names("all", known) == (known, set())
+    assert parse_names("c-d, a,a", known) == (["c-d", "a"], {"a", "c-d"})
+    assert parse_names("b,all,-a", known) == (["b", "c-d"], {"b"})
+    assert parse_names("-a,a,b", known) == (["b"], {"b"})
+    for text, got in (("d", "d"), ("all,-d", "-d"), ("", ""), ("-a", "-a"), ("all,-all", "-all")):
+        with pytest.raises(Refused, match=rf"--of: want all or some of a, b, c-d, got '{got}'"):
+            parse_names(text, known, "--of")
 
 
 def test_json_objects() -> None:

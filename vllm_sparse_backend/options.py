@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn
 
 import typer
 
@@ -14,6 +14,7 @@ from vllm_sparse_backend.errors import SparsePrefillError
 
 EXIT_LOSS = 1  # it ran, and sparse lost something
 EXIT_FAILED = 2  # it did not run
+ALL = "all"  # of names, each that there is
 EXIT_INTERRUPTED = 130  # as a shell counts Ctrl-C
 EXTRA = "this needs the demo extra: pip install 'vllm-sparse-backend[cpu,demo]'"
 
@@ -56,6 +57,28 @@ def parse_lengths(text: str, option: str = "--lengths") -> list[int]:
     if not numbers or numbers[0] < 1:
         raise Refused(f"{option}: want numbers with commas between them, got {text!r}")
     return numbers
+
+
+class Names(NamedTuple):
+    """What `parse_names` read."""
+
+    taken: list[str]
+    asked: set[str]  # of these, what was named by itself: it must not be missing
+
+
+def parse_names(text: str, known: Sequence[str], option: str = "--methods") -> Names:
+    """Some of the ``known`` names, in the order of "all,-hip" or "mass,strided": ``all`` is each of
+    them, -NAME none of that name. Raises Refused for one that there is not."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    for part in parts:
+        if part.removeprefix("-") not in known and part != ALL:
+            raise Refused(f"{option}: want all or some of {', '.join(known)}, got {part!r}")
+    without = {part.removeprefix("-") for part in parts if part.startswith("-")}
+    wanted = [name for part in parts for name in (known if part == ALL else [part])]
+    taken = [name for name in dict.fromkeys(wanted) if name in known and name not in without]
+    if not taken:
+        raise Refused(f"{option}: want all or some of {', '.join(known)}, got {text!r}")
+    return Names(taken, {name for name in taken if name in parts})
 
 
 def json_object(text: str | None, option: str) -> dict[str, Any] | None:

@@ -14,10 +14,12 @@ from vllm_sparse_backend.options import (
     ChunkTokens,
     Dtype,
     HfOverrides,
+    Names,
     Refused,
     errors_named,
     json_object,
     parse_lengths,
+    parse_names,
 )
 
 if TYPE_CHECKING:
@@ -77,8 +79,9 @@ def calibrate(
         str,
         typer.Option(
             metavar="all|NAME,...",
-            help="Selectors that a head may get, list selectors among them. They take longer: each "
-            "setting of theirs chooses tiles for all of every document.",
+            help="Selectors that a head may get, list selectors among them; -NAME leaves one out: "
+            "all,-hip. They take longer: each setting of theirs chooses tiles for all of every "
+            "document.",
         ),
     ] = "sale,mass,static",
     theta: Annotated[
@@ -232,22 +235,18 @@ def _budget(rule: str, given: dict[str, float | None]) -> float:
     return default if budget is None else budget
 
 
-def _methods(text: str, rule: str) -> list[str]:
-    """The selectors that are named, and "all" if it is. Raises Refused and SelectorError."""
+def _methods(text: str, rule: str) -> Names:
+    """The selectors that are named. Raises Refused and SelectorError."""
     from vllm_sparse_backend.calibrate.candidates import FUSED
     from vllm_sparse_backend.selection import registry
 
-    known = [*FUSED, *sorted(registry.known())]
-    asked = list(dict.fromkeys(part.strip() for part in text.split(",")))
-    for name in asked:
-        if name not in (*known, "all"):
-            raise Refused(f"--methods: want all or some of {', '.join(known)}, got {name!r}")
-    if rule == "sale" and not {"sale", "all"} & set(asked):
+    methods = parse_names(text, [*FUSED, *sorted(registry.known())])
+    if rule == "sale" and "sale" not in methods.taken:
         raise Refused(f"--methods {text}: rule sale chooses thresholds of sale, which is not there")
-    return asked
+    return methods
 
 
-def _usable(asked: list[str], look: Model) -> tuple[tuple[str, ...], tuple[Ladder, ...]]:
+def _usable(methods: Names, look: Model) -> tuple[tuple[str, ...], tuple[Ladder, ...]]:
     """The selectors that heads may get, and the ladders to measure. Of "all" those are left out
     that have no settings or miss a file, with a line that says so. Raises Refused for one that was
     named, and SelectorError."""
@@ -258,11 +257,9 @@ def _usable(asked: list[str], look: Model) -> tuple[tuple[str, ...], tuple[Ladde
         why_unusable,
     )
     from vllm_sparse_backend.demo.progress import note
-    from vllm_sparse_backend.selection import registry
 
-    every = [*FUSED, *sorted(registry.known())] if "all" in asked else asked
     usable = []
-    for name in every:
+    for name in methods.taken:
         try:
             why = None
             if name not in FUSED:
@@ -271,7 +268,7 @@ def _usable(asked: list[str], look: Model) -> tuple[tuple[str, ...], tuple[Ladde
             why = str(error)
         if why is None:
             usable.append(name)
-        elif name in asked:
+        elif name in methods.asked:
             raise Refused(f"--methods {name}: {why}")
         else:
             note(f"left out: {name}: {why}")

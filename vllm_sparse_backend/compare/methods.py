@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vllm_sparse_backend.calibrate.candidates import list_ladder
-from vllm_sparse_backend.options import Refused
+from vllm_sparse_backend.options import Refused, parse_names
 from vllm_sparse_backend.profile import Profile
 from vllm_sparse_backend.selection import (
     DENSE,
@@ -28,7 +28,6 @@ from vllm_sparse_backend.selection import (
     registry,
 )
 
-ALL = "all"
 KEEP_ALL, PAPER = "dense", "sale-paper"  # names of methods
 # SALE as its paper has it (arXiv 2505.24179, section 4): 4 bits, every row, tiles of 32 keys.
 SALE_PAPER = Sale(tau=0.008, sink=32, local=256, tile=32, bits=4, row_stride=1, tail=0)
@@ -182,13 +181,8 @@ def choose(
     SelectorError.
     """
     known = names()
-    asked = [part.strip() for part in wanted.split(",") if part.strip()]
-    for name in asked:
-        if name.removeprefix("-") not in (*known, ALL):
-            raise Refused(f"--methods: want all or some of {', '.join(known)}, got {name!r}")
-    taken = {name for name in known if name in asked or ALL in asked}
-    taken -= {name.removeprefix("-") for name in asked if name.startswith("-")}
-    chosen, without = Chosen([], set(asked)), dict[str, str]()
+    taken, asked = parse_names(wanted, known)
+    chosen, without = Chosen([], asked), dict[str, str]()
     of_fused = {method.name: method for method in fused()}
     for name in known:
         if method := of_fused.get(name):
