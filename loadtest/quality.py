@@ -165,6 +165,7 @@ class Reader:
                 input_ids=torch.tensor([document.ids[start:end]]),
                 past_key_values=cache,
                 policies=sparse if prefill and long else dense,
+                prompt=document.prompt if prefill else None,
                 reading=reading if prefill else Reading(),
             ).last_hidden_state[0]
             hidden.append(states[max(0, document.scored - 1 - start) :])
@@ -189,6 +190,7 @@ def _attention(
     value: torch.Tensor,
     *mask: Any,  # there is none: this attention is causal by itself
     policies: list[PolicyTable],
+    prompt: int | None,
     reading: Reading,
     scaling: float,
     **others: Any,
@@ -196,7 +198,7 @@ def _attention(
     """As transformers calls it: query [1, Hq, T, D], key and value [1, Hkv, S, D], with RoPE."""
     q, k, v = (x[0].transpose(0, 1).bfloat16() for x in (query, key, value))
     table = policies[module.layer_idx]  # type: ignore[index]
-    out, stats = sparse_attention(q, k, v, table, scaling)
+    out, stats = sparse_attention(q, k, v, table, scaling, prompt_len=prompt)
     for tile, computed, causal in zip(
         table.tile_sizes, stats.tiles_computed, stats.tiles_causal, strict=True
     ):

@@ -26,9 +26,11 @@ def qkv() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return q * torch.linspace(0.5, 4, ROWS)[:, None], k, v
 
 
-def dense_tiles(policy: AnyPolicy, qkv: tuple[torch.Tensor, ...]) -> TileList:
+def dense_tiles(
+    policy: AnyPolicy, qkv: tuple[torch.Tensor, ...], prompt_len: int | None = None
+) -> TileList:
     q, k, _ = qkv
-    return reference.select(q[:, None], k[:, None], [policy], SCALE)
+    return reference.select(q[:, None], k[:, None], [policy], SCALE, prompt_len)
 
 
 @pytest.mark.parametrize("ladder", LADDERS, ids=lambda ladder: ladder.selector)
@@ -60,14 +62,16 @@ def test_settings_are_nested(ladder: Ladder, qkv: tuple[torch.Tensor, ...]) -> N
     assert counts == sorted(counts, reverse=True)
 
 
-def test_outcomes_are_those_of_the_op(qkv: tuple[torch.Tensor, ...]) -> None:
+@pytest.mark.parametrize("prompt", [None, LENGTH + 1000])
+def test_outcomes_are_those_of_the_op(qkv: tuple[torch.Tensor, ...], prompt: int | None) -> None:
+    """At a prompt's end, and of a chunk in its midst, which has no tail of rows all scored."""
     q, k, v = qkv
     blocks = q_blocks(ROWS, LENGTH)
-    measured = list(outcomes(q, k, v, SCALE, blocks))
+    measured = list(outcomes(q, k, v, SCALE, blocks, prompt_len=prompt))
     offset = LENGTH - ROWS
 
     def attended(policy: AnyPolicy) -> tuple[torch.Tensor, TileList]:
-        tiles = dense_tiles(policy, qkv)
+        tiles = dense_tiles(policy, qkv, prompt)
         out = reference.attend(q[:, None], k[:, None], v[:, None], tiles, SCALE)
         return out[:, 0], tiles
 
@@ -106,6 +110,19 @@ def test_a_layer_adds_up_steps_and_heads() -> None:
         assert (sums.worst[number] <= sums.error[number] + 1e-9).all()
         assert (sums.kept[number] <= sums.causal[None, :, None]).all()
         assert (sums.mass[number] <= sums.rows[None, :, None] * (1 + 1e-5)).all()
+
+
+def test_only_a_prompts_end_has_a_tail() -> None:
+    q, k, v = make_qkv(5, 128, 700, heads=2, kv_heads=1, dim=64)
+
+    def kept(prompt: int | None) -> list[float]:
+        record = LayerRecord(2)
+        record.add(q, k, v, SCALE, q_blocks(128, 700), prompt)
+        return [float(its.sum()) for its in record.sums().kept]
+
+    assert kept(700) == kept(None)
+    for ladder, there, midst in zip(LADDERS, kept(700), kept(5000), strict=True):
+        assert there == midst if ladder.selector == "static" else there > midst
 
 
 def test_nothing_measured_is_an_error() -> None:

@@ -227,7 +227,9 @@ def test_a_map_has_all_the_mass_and_what_is_missed(policy: AnyPolicy) -> None:
     missed = torch.zeros(tokens)
     for begin in range(0, tokens, chunk):
         end = min(begin + chunk, tokens)
-        tiles = reference.select(q[begin:end, None], k[:end, None], [policy], SCALE)
+        tiles = reference.select(
+            q[begin:end, None], k[:end, None], [policy], SCALE, prompt_len=tokens
+        )
         keep = tiles.mask(0).repeat_interleave(tiles.tile_sizes[0], 1)[:, :end]
         keep = keep.repeat_interleave(64, 0)[: end - begin]
         missed[begin:end] = (mass[begin:end, :end] * ~keep).sum(1)

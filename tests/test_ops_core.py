@@ -144,6 +144,18 @@ def test_static_tiles_do_not_move_with_the_chunks(chunk: int) -> None:
         assert torch.equal(part, whole[start:end])
 
 
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+def test_a_chunk_in_a_prompts_midst_has_no_tail(impl: str) -> None:
+    q, k, v = make_qkv(5, 128, 700)
+    policy = Sale(sink=16, local=16, tau=0.02)
+
+    def computed(prompt: int | None) -> list[int]:
+        return sparse_attention(q, k, v, policy, impl=impl, prompt_len=prompt)[1].tiles_computed
+
+    assert computed(700) == computed(None)
+    assert all(fewer < more for fewer, more in zip(computed(5000), computed(700), strict=True))
+
+
 def test_an_empty_query_is_no_work() -> None:
     q, k, v = nothing = make_qkv(3, 0, 100)
     out, stats = sparse_attention(q, k, v, impl="cpu")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -142,6 +143,38 @@ def test_no_more_memory_than_was_said(
     assert said / 2 < taken <= said
 
 
+def test_codes_of_another_width_are_not_held_beside_the_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    live = peak = 0
+    empty = launches.Call.empty
+
+    def freed(size: int) -> None:
+        nonlocal live
+        live -= size
+
+    def counted(self: launches.Call, *shape: int, **dtype: Any) -> torch.Tensor:
+        nonlocal live, peak
+        made = empty(self, *shape, **dtype)
+        live += made.nbytes
+        peak = max(peak, live)
+        weakref.finalize(made, freed, made.nbytes)
+        return made
+
+    monkeypatch.setattr(launches.Call, "empty", counted)
+    monkeypatch.setattr(launches, "LIST_BYTES", 1)
+    paged = make_paged([make_qkv(8, 16, 6000, 2, 2)], "strided", 32)
+    run(paged, [Sale(bits=6), Sale(bits=8)], "triton")
+    codes = 2 * 6144 * 64  # of both kv heads' keys, one byte a number
+    assert codes < peak < 2 * codes
+
+
+def test_a_request_without_rows_has_no_tiles() -> None:
+    paged = make_paged([make_qkv(6, 0, 100, 2, 1), make_qkv(6, 10, 100, 2, 1)], "strided", 32)
+    tiles = select_tiles(*paged.tensors, Sale(), kv_layout="strided", impl="triton")
+    assert (tiles.query_len, tiles.computed) == (0, [0, 0])
+
+
 def test_values_that_are_not_finite_reach_no_q_block_before_them() -> None:
     q, k, v = make_qkv(5, 80, 80, 1, 1)
     v[70] = torch.nan
@@ -152,6 +185,7 @@ def test_values_that_are_not_finite_reach_no_q_block_before_them() -> None:
 
 def test_policies_are_followed_from_their_context_on() -> None:
     table = PolicyTable([Static(sink=16, local=0)] * 2, [100, 200])
+    assert PolicyTable([DENSE], [2**32]).dense_below == [2**31 - 1]
     for length, whole in ((99, [True, True]), (100, [False, True]), (200, [False, False])):
         _, stats = run(make_paged([make_qkv(6, 10, length, 2, 1)], "strided", 32), table, "triton")
         assert [density == 1 for density in stats.density] == whole

@@ -79,16 +79,18 @@ def outcomes(
     scale: float,
     blocks: Sequence[QBlock],
     masks: Sequence[Masks] | None = None,
+    prompt_len: int | None = None,
 ) -> Iterator[tuple[QBlock, torch.Tensor, list[Outcome]]]:
     """For each q block: itself, the size of its exact output [R], an outcome per fused ladder and
     then for each of the block's ``masks``.
 
-    One head: ``q`` [T, D] are the last T of the positions of ``k``, ``v`` [S, D], all fp32.
+    One head: ``q`` [T, D] are the last T of the positions of ``k``, ``v`` [S, D], all fp32, of a
+    prompt of ``prompt_len`` tokens; S unless given.
     """
     offset = len(k) - len(q)
     tiled = _by_tiles(v)
     listed = masks or [[] for _ in blocks]
-    scored = estimates(SCORED, q, k, scale, blocks)
+    scored = estimates(SCORED, q, k, scale, blocks, prompt_len)
     for block, scores, chosen in zip(blocks, scored, listed, strict=True):
         rows = q[block.first - offset : block.end - offset]
         s = scale * (rows @ k[: block.end].T)  # [R, end]
@@ -207,8 +209,9 @@ class LayerRecord:
         for head in range(q.shape[1]):
             if head % group == 0:
                 keys, values = (x[:, head // group].float() for x in (k, v))
-            found = list(outcomes(q[:, head].float(), keys, values, scale, blocks, masks[head]))
-            measured.append(found)
+            rows = q[:, head].float()
+            found = outcomes(rows, keys, values, scale, blocks, masks[head], prompt_len)
+            measured.append(list(found))
         # Copied when all is done: what is kept would lie scattered among the large tensors that it
         # was made with, and keep the allocator from ever using their room as a whole again.
         for pieces, found in zip(self._pieces, measured, strict=True):

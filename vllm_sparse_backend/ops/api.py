@@ -28,6 +28,7 @@ def sparse_attention(
     policies: AnyPolicies = None,
     scale: float | None = None,
     impl: str = "auto",
+    prompt_len: int | None = None,
 ) -> tuple[torch.Tensor, AttentionStats]:
     """Causal attention of one sequence over the tiles its policies keep.
 
@@ -36,7 +37,8 @@ def sparse_attention(
     None (the uniform default), one policy (an object or its dict), one per q head, or a
     ``PolicyTable``. ``scale``: ``D ** -0.5`` unless given. ``impl``: "reference" (plain
     torch, any D), "cpu" (the compiled core), "triton" (the GPU core), or "auto", which is
-    "cpu" for tensors of the host and "triton" for others.
+    "cpu" for tensors of the host and "triton" for others. ``prompt_len``: of the prompt of which
+    this is a chunk, as ``prompt_lens`` of `paged_sparse_attention`; S unless given.
 
     Returns the output, [T, Hq, D] of q's dtype, and the call's stats. No gradient.
 
@@ -49,7 +51,7 @@ def sparse_attention(
     impl = _resolve(impl, q)
     if impl == "reference":
         out = q.new_empty(q.shape)
-        return out, _reference_into(out, q, k, v, table, scale)
+        return out, _reference_into(out, q, k, v, table, scale, prompt_len)
     kv_layout = "strided" if impl == "triton" else "vec"
     cache = layout.pack(k, v, kv_layout, PLAIN_BLOCK)
     return paged_sparse_attention(
@@ -62,6 +64,11 @@ def sparse_attention(
         scale=scale,
         kv_layout=kv_layout,
         impl=impl,
+        prompt_lens=(
+            None
+            if prompt_len is None
+            else torch.tensor([prompt_len], dtype=torch.int32, device=q.device)
+        ),
     )
 
 
@@ -164,20 +171,21 @@ def select_tiles(
         k, v = layout.unpack(kv_cache, block_table[request], seq_len, kv_layout)
         return _reference_tiles(q[rows], k, v, table, scale, prompts[request])
     checks.check_impl_layout(q, kv_layout, impl)
-    if impl == "triton":
-        from vllm_sparse_backend.ops import triton
-
-        table.expect_fused(impl)
-        work = _triton_work(batch, prompts, q.device)
-        found = triton.select(q, kv_cache, block_table, work, table, scale)
-        return TileList.from_subtiles(found.cpu(), table.tile_sizes, query_len, seq_len)
-
-    from vllm_sparse_backend.ops.cpu import run
-
     num_blocks = len(q_blocks(query_len, seq_len))
     subtiles = torch.zeros(
         q.shape[1], num_blocks, causal_tiles(seq_len, SUBTILE), dtype=torch.uint8
     )
+    if impl == "triton":
+        from vllm_sparse_backend.ops import triton
+
+        table.expect_fused(impl)
+        if batch.requests:
+            work = _triton_work(batch, prompts, q.device)
+            subtiles = triton.select(q, kv_cache, block_table, work, table, scale).cpu()
+        return TileList.from_subtiles(subtiles, table.tile_sizes, query_len, seq_len)
+
+    from vllm_sparse_backend.ops.cpu import run
+
     run.forward(
         q,
         kv_cache,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ from vllm_sparse_backend.ops.layout import BLOCK_MULTIPLE
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 CHANNEL_MULTIPLE = 16  # of head_dim, in every paged layout
+_FLOAT32 = torch.finfo(torch.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +77,10 @@ def check_scale(scale: float | None, head_dim: int) -> float:
     """The scale to use, ``head_dim ** -0.5`` unless given."""
     if scale is None:
         return float(head_dim**-0.5)
-    # With 0 a masked score is 0 * inf; below 0 the largest product is the smallest score.
-    if not (math.isfinite(scale) and scale > 0):
-        raise ValueError(f"scale: want a finite number above 0, got {scale}")
+    # With 0 a masked score is 0 * inf; below 0 the largest product is the smallest score. Kernels
+    # compute in fp32, in which 1e-50 is 0, too.
+    if not _FLOAT32.tiny <= scale <= _FLOAT32.max:
+        raise ValueError(f"scale: want a finite number above 0 in float32, got {scale}")
     return float(scale)
 
 

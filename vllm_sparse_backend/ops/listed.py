@@ -72,7 +72,8 @@ def tile_lists(
 
     ``q`` [T, Hq, D] holds the request's rows, ``block_ids`` its pages. Memory beside the lists:
     twice one kv head's keys and values, while they are copied out of the cache (128 MB at 128K
-    tokens of bf16 and head_dim 128), and a byte for each (head of a group, q block, tile).
+    tokens of bf16 and head_dim 128), a byte for each (head of a group, q block, tile), and the
+    lists again while they are joined; a list has four bytes for each tile that is kept.
     """
 
     def read(kv_head: int) -> KeysValues:
@@ -86,7 +87,7 @@ def tile_lists(
     how = table.place, scale, seq_len, prompt_len, kv_cache.shape[1], read
     for head, kept in kept_by_head(q, followed, *how):
         counts[head] = kept.sum(1)
-        tiles[head] = kept.nonzero()[:, 1].int()
+        tiles[head] = torch.arange(kept.shape[1], dtype=torch.int32).expand_as(kept)[kept]
     indptr = torch.cat((torch.zeros(1, dtype=torch.int64), counts.flatten().cumsum(0)))
     return TileList(indptr, torch.cat(tiles), table.tile_sizes, q.shape[0], seq_len)
 

@@ -36,6 +36,9 @@ class Place:
     num_heads: int  # of the layer, over all ranks
 
 
+NEVER = 2**31 - 1  # tokens: no context is longer, and kernels hold them in 32 bits
+
+
 class PolicyTable:
     """A policy for each q head of a layer, and from which context on it is followed.
 
@@ -55,7 +58,7 @@ class PolicyTable:
         self.rows = list(rows)  # one per q head
         self.has_listed = any(isinstance(policy, ListSelector) for policy in self.rows)
         self.place = place or Place(None, 0, len(self.rows))
-        self.dense_below = [0] * len(self.rows) if dense_below is None else list(dense_below)
+        self.dense_below = [min(n, NEVER) for n in dense_below or [0] * len(self.rows)]
         if len(self.dense_below) != len(self.rows):
             raise ValueError(
                 f"dense_below: want one for each of {len(self.rows)} q heads, "

@@ -80,7 +80,7 @@ class AttentionMap:
         if first != self.rows:
             raise ValueError(f"q: want rows from position {self.rows} on, got {first}")
         place = Place(self.layer, self.head, max(self.num_heads, self.head + 1))
-        tiles = _select(q, k, v, PolicyTable([self.policy], place=place), scale)
+        tiles = _select(q, k, v, PolicyTable([self.policy], place=place), scale, self.tokens)
         self.computed += tiles.computed[0]
         self.causal += tiles.causal[0]
         size = tiles.tile_sizes[0]
@@ -131,7 +131,12 @@ class AttentionMap:
 
 
 def _select(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, policies: PolicyTable, scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    policies: PolicyTable,
+    scale: float,
+    prompt_len: int,
 ) -> TileList:
     """What the core keeps of this step; one head, so that no other is computed."""
     cache = layout.pack(k[:, None].contiguous(), v[:, None].contiguous())
@@ -143,4 +148,5 @@ def _select(
         torch.tensor([len(k)], dtype=torch.int32),
         policies,
         scale=scale,
+        prompt_lens=torch.tensor([prompt_len], dtype=torch.int32),
     )

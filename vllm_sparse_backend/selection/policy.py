@@ -86,8 +86,8 @@ class _Scored(Windowed):
         default=128,
         ge=0,
         le=1 << 20,
-        description="last tokens of a prompt, all scored; where its length is not known (on GPUs), "
-        "of every step",
+        description="last tokens of a prompt, all scored; where its length is not known, of every "
+        "step",
     )
 
     def tau_at(self, context: int) -> float:

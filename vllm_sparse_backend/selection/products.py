@@ -36,11 +36,11 @@ class Scratch:
     anew each time cost more than the products that fill them."""
 
     def __init__(self, device: torch.device) -> None:
-        self._held = torch.empty(0, device=device)
+        self._held = torch.empty(0, dtype=torch.float32, device=device)
 
     def empty(self, *shape: int) -> torch.Tensor:
         """fp32, of any content; overwritten by the next one."""
         size = math.prod(shape)
         if size > len(self._held):
-            self._held = torch.empty(size, device=self._held.device)
+            self._held = torch.empty(size, dtype=torch.float32, device=self._held.device)
         return self._held[:size].view(shape)

@@ -87,12 +87,12 @@ class SkipSoftmax(ListSelector):
         absent = (view.offset % Q_BLOCK, -view.seq_len % Q_BLOCK)
         # [D, T] of each head; its rows' highest scores so far.
         columns = [query.float().T.contiguous() for query in view.q]
-        highest = torch.full(view.q.shape[:2], -torch.inf, device=device)
+        highest = torch.full(view.q.shape[:2], -torch.inf, dtype=torch.float32, device=device)
         kept = torch.empty(
             len(view.heads), view.num_tiles, len(view.blocks), dtype=torch.bool, device=device
         )
         # Of as many keys as are looked at at a time; fresh memory for each would cost more.
-        scores = torch.empty(KEYS_AT_ONCE, len(position), device=device)
+        scores = torch.empty(KEYS_AT_ONCE, len(position), dtype=torch.float32, device=device)
         for begin in range(0, view.seq_len, KEYS_AT_ONCE):
             keys = view.k[begin : begin + KEYS_AT_ONCE].float()
             later = torch.arange(begin, begin + KEYS_AT_ONCE, device=device)[:, None] > position

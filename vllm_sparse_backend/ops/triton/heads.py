@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntEnum
 
+import numpy as np
 import torch
 
 from vllm_sparse_backend.ops.policies import PolicyTable, tile_size
 from vllm_sparse_backend.ops.tiles import Q_BLOCK, SUBTILE
-from vllm_sparse_backend.ops.triton.work import SLOT_ROWS
+from vllm_sparse_backend.ops.triton.work import SLOT_ROWS, to_device
 from vllm_sparse_backend.selection import AnyPolicy, Dense, Mass, Sale, Static, keeps_all
 
 
@@ -51,8 +52,8 @@ def _make(table: PolicyTable, device: torch.device) -> HeadTable:
     scored = [policy for policy in table.rows if isinstance(policy, Sale | Mass)]
     scored = [policy for policy in scored if not keeps_all(policy)]
     return HeadTable(
-        ints=torch.tensor([_ints(*pair) for pair in pairs], dtype=torch.int32, device=device),
-        floats=torch.tensor([_floats(policy) for policy in table.rows], device=device),
+        ints=to_device([_ints(*pair) for pair in pairs], device),
+        floats=to_device([_floats(policy) for policy in table.rows], device, np.float32),
         kinds=frozenset(kinds),
         wide=any(isinstance(policy, Mass) and policy.tile > SUBTILE for policy in scored),
         bits=tuple(sorted({policy.bits for policy in scored})),

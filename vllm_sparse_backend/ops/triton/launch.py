@@ -64,7 +64,8 @@ _ATTEND: Final = {
 # fewer than 64, since that is the largest tile.
 _SCORE: Final = {arch: Shape(128, 4, 3) for arch in ("sm_90", "sm_100")}
 # Rows of different q blocks are scored together until there are so many: a product then costs less
-# for each. A fifth-generation matrix unit does 128 rows in the time of 64.
+# for each. A fifth-generation matrix unit does 128 rows in the time of 64; on sm_90 the keys' codes
+# are loaded once for twice the rows.
 _SCORE_ROWS: Final = {"sm_90": 128, "sm_100": 128}
 # sm_103 has no such instruction for integers, and its registers do not hold eight heads' rows.
 _MOST_SHARED: Final = {"sm_103": 4}

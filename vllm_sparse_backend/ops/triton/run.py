@@ -172,6 +172,7 @@ def _score(call: Call, kept: KeptCodes | None, clock: Clock | None) -> torch.Ten
         _quantize(call, bits, codes)
         _mark(clock, "select")
         _score_bits(call, bits, codes, mask)
+        del codes  # before the next ones are made: `workspace` counts one set
     return mask
 
 

@@ -181,9 +181,11 @@ def _in_sets(
     return whole[np.argsort(whole[:, 0, 0], kind="stable")].reshape(-1, rows.shape[1])
 
 
-def to_device(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
-    """As an int32 tensor there, without a wait: copies from pinned memory are asynchronous."""
-    tensor = torch.from_numpy(np.ascontiguousarray(array, np.int32))
+def to_device(
+    array: npt.ArrayLike, device: torch.device, dtype: npt.DTypeLike = np.int32
+) -> torch.Tensor:
+    """As a tensor there, without a wait: copies from pinned memory are asynchronous."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array, dtype))
     if device.type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
