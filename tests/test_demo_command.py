@@ -119,7 +119,8 @@ def test_the_demo_for_real(tmp_path: Path, smollm2: Path) -> None:
     assert Results.model_validate_json((tmp_path / "results.json").read_text()) == results
     assert done.returncode == bool(results.losses())
     short, long = results.rows
-    assert (short.sparse_expected, short.density) == (False, None)
+    # Every tile is kept there, by the core, or by CPU_ATTN where that is faster.
+    assert not short.sparse_expected and short.density in (None, 1.0)
     # Dense rows go to the base backend, bit for bit.
     assert short.perplexity_change == 0
     assert [a.text for a in short.sparse.answers] == [a.text for a in short.dense.answers]
