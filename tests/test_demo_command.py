@@ -121,9 +121,10 @@ def test_the_demo_for_real(tmp_path: Path, smollm2: Path) -> None:
     short, long = results.rows
     # Every tile is kept there, by the core, or by CPU_ATTN where that is faster.
     assert not short.sparse_expected and short.density in (None, 1.0)
-    # Dense rows go to the base backend, bit for bit.
-    assert short.perplexity_change == 0
-    assert [a.text for a in short.sparse.answers] == [a.text for a in short.dense.answers]
+    assert abs(short.perplexity_change) < 0.01
+    if short.density is None:  # the base backend's, bit for bit
+        assert short.perplexity_change == 0
+        assert [a.text for a in short.sparse.answers] == [a.text for a in short.dense.answers]
     assert long.sparse_expected and long.density is not None and 0 < long.density <= 1
     assert long.dense.right > 0  # the questions are ones that the model answers
     assert {server.side for server in results.servers} == {"dense", "sparse"}
