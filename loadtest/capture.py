@@ -34,7 +34,9 @@ def captured(length: int, text: Task) -> list[Layer]:
         print(f"capturing {length} tokens of {text}, once", file=sys.stderr)
         capture(length, text)
     tensors = load_file(path)
-    return [Layer(*(tensors[f"{name}.{i}"] for name in "qkv"), number=i) for i in LAYERS]
+    return [
+        Layer(tensors[f"q.{i}"], tensors[f"k.{i}"], tensors[f"v.{i}"], number=i) for i in LAYERS
+    ]
 
 
 def capture(length: int, text: Task) -> Path:

@@ -67,7 +67,7 @@ class Step:
             inside = (needles[:, 0] >= self.start) & (needles[:, 0] < self.end)
             needles = needles[inside] - torch.tensor([self.start, 0, 0])
         part = layer.step(self.start, self.end)
-        return Layer(part.q, part.k, part.v, part.prompt_len, part.scale, needles, self.number)
+        return Layer(part.q, part.k, part.v, part.prompt_len, part.scale, needles, layer.number)
 
 
 @dataclass(frozen=True)
