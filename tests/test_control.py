@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from hypothesis import given
 from hypothesis import settings as budget
 from hypothesis import strategies as st
 
-from vllm_sparse_backend import control
+from vllm_sparse_backend import compat_connectors, control
 from vllm_sparse_backend.backend.admission import Admission
 from vllm_sparse_backend.control import DEFAULT, FIELD, ControlError, Setting
 
@@ -156,6 +157,30 @@ def test_what_nobody_has_admitted_is_not_followed(value: object) -> None:
         control.received({FIELD: value})
 
 
+# Where it is looked at
+
+
+@needs_core
+def test_audio_endpoints_ask_before_they_answer(tiny_llama: Path) -> None:
+    from fastapi import UploadFile
+    from vllm.entrypoints.speech_to_text.transcription.protocol import TranscriptionRequest
+    from vllm.entrypoints.speech_to_text.translation.protocol import TranslationRequest
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    InputProcessor(engine_config(tiny_llama, MASS))
+    for kind in TranscriptionRequest, TranslationRequest:
+
+        def request(value: str, kind: Any = kind) -> Any:
+            xargs = json.dumps({FIELD: value})  # as a form has it
+            return kind(file=UploadFile(io.BytesIO()), vllm_xargs=xargs)
+
+        assert request("off").to_sampling_params(5).extra_args == {FIELD: "off"}
+        with pytest.raises(ControlError, match='want "on", "off" or'):
+            request("maybe").to_sampling_params(5)
+        with pytest.raises(ControlError, match="want a request without use_beam_search"):
+            request("off").to_beam_search_params(5)
+
+
 # What a server can do
 
 MASS = {"min_prompt_tokens": 512, "policy": {"selector": "mass", "tau": 0.01}}
@@ -197,6 +222,48 @@ def test_where_nothing_is_sparse_nobody_may_ask_for_it(
         with pytest.raises(ControlError, match=f"want 'off' or nothing, got .*{says}"):
             takes(value)
     assert takes("off") == (DEFAULT if section else OFF)
+
+
+CONNECTORS: list[tuple[str, dict[str, Any], str | None]] = [
+    ("NixlConnector", {}, None),
+    ("OffloadingConnector", {}, None),
+    ("ExampleConnector", {}, "ExampleConnector"),
+    ("LMCacheConnectorV1", {}, "LMCacheConnectorV1"),
+    ("HF3FSKVConnector", {}, "HF3FSKVConnector"),
+    # Somebody else's of the same name.
+    ("NixlConnector", {"kv_connector_module_path": "their.own"}, "their.own.NixlConnector"),
+]
+
+
+@needs_core
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize(("name", "more", "unsalted"), CONNECTORS)
+def test_settings_need_a_kv_connector_that_keeps_them_apart(
+    tiny_llama: Path, name: str, more: dict[str, Any], unsalted: str | None, several: bool
+) -> None:
+    from vllm.config import KVTransferConfig
+
+    one = {"kv_connector": name, "kv_role": "kv_both", **more}
+    children = [{"kv_connector": "MooncakeStoreConnector", "kv_role": "kv_both"}, one]
+    multi: dict[str, Any] = {"kv_connector": "MultiConnector", "kv_role": "kv_both"}
+    multi["kv_connector_extra_config"] = {"connectors": children}
+    config = engine_config(tiny_llama, MASS)
+    config.kv_transfer_config = KVTransferConfig(**(multi if several else one))
+    takes = Admission(config)
+    assert takes(None) == takes({FIELD: "on"}) == DEFAULT
+    for value in "off", "threshold_scale=2":
+        if unsalted is None:
+            assert takes({FIELD: value}) == control.parse(value)
+        else:
+            says = f"want 'on' or nothing, got .*: the KV connector {unsalted} is not known to keep"
+            with pytest.raises(ControlError, match=says):
+                takes({FIELD: value})
+
+
+def test_the_connectors_that_are_named_are_vllms() -> None:
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+    assert {*compat_connectors.SALTED, compat_connectors.MULTI} <= set(KVConnectorFactory._registry)
 
 
 @needs_core

@@ -315,3 +315,76 @@ def test_offline_what_is_wrong_is_a_value_error(tiny_llama: Path) -> None:
         assert "this server computes every request dense (enabled is false)" in line
     assert "threshold_scale: input should be a valid number, got 'x'" in said[3]
     assert len(said) == 4
+
+
+STREAMING = """
+import asyncio
+import sys
+from vllm import SamplingParams
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.engine.protocol import StreamingInput
+from vllm.inputs.engine import tokens_input
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
+
+def params(setting):
+    return SamplingParams(
+        max_tokens=2,
+        ignore_eos=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.DELTA,
+        extra_args=None if setting is None else {"sparse_prefill": setting},
+    )
+
+async def inputs(settings):
+    for number, setting in enumerate(settings):
+        yield StreamingInput(tokens_input([5 + number] * 300), params(setting))
+
+async def ask(engine, name, *settings):
+    try:
+        async for _ in engine.generate(inputs(settings), params(None), name):
+            pass
+        print(name, "took")
+    except ValueError as error:
+        print(name, "refused", error)
+
+async def main():
+    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(
+        sys.argv[1],
+        attention_backend="sparse_prefill",
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+        max_model_len=4096,
+    ))
+    await asyncio.gather(
+        ask(engine, "same", "off", "off"),
+        ask(engine, "other", "off", None),
+        ask(engine, "default", None, "on", "threshold_scale=1"),
+        ask(engine, "later", "on", "on", "threshold_scale=2"),
+    )
+    await ask(engine, "same", None)  # the name is another's now
+    engine.shutdown()
+
+asyncio.run(main())
+"""
+
+
+def test_a_streaming_session_stays_with_its_first_setting(tiny_llama: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", STREAMING, str(tiny_llama)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    names = "default", "later", "other", "same"
+    said = [line for line in done.stdout.splitlines() if line.startswith(names)]
+    other, later = (
+        f"refused sparse_prefill: want {first!r} in all inputs of a streaming session, as in its "
+        f"first, got {then!r}"
+        for first, then in (("off", "on"), ("on", "threshold_scale=2.0"))
+    )
+    wanted = ["default took", f"later {later}", f"other {other}", "same took", "same took"]
+    assert sorted(said) == wanted

@@ -10,6 +10,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from _attention import needs_core
 
 from vllm_sparse_backend.compat import SUPPORTED, is_supported
 
@@ -133,6 +134,58 @@ def test_registration_and_pickling(tmp_path: Path) -> None:
         from vllm_sparse_backend import plugin
         plugin.register()
         assert Backends["SPARSE_PREFILL"] is first[0]
+        """,
+        path,
+    )
+
+
+@needs_core
+def test_requests_are_admitted_where_the_configuration_was_unpickled(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    """As in Ray's replicas on GPUs, which get it from a task."""
+    path = tmp_path / "config"
+    fresh(
+        """
+        import pickle, sys
+        from pathlib import Path
+        from vllm.engine.arg_utils import EngineArgs
+        config = EngineArgs(
+            sys.argv[1], attention_backend="sparse_prefill", skip_tokenizer_init=True,
+            enforce_eager=True, max_model_len=4096,
+        ).create_engine_config()
+        Path(sys.argv[2]).write_bytes(pickle.dumps(config))
+        """,
+        tiny_llama,
+        path,
+    )
+    fresh(
+        """
+        import pickle, sys
+        from pathlib import Path
+        config = pickle.loads(Path(sys.argv[1]).read_bytes())
+        heavy = {"vllm_sparse_backend.backend", "vllm_sparse_backend.ops"}
+        assert not heavy & set(sys.modules), heavy & set(sys.modules)  # workers unpickle it, too
+
+        from vllm import SamplingParams
+        from vllm.inputs.engine import tokens_input
+        from vllm.v1.engine.input_processor import InputProcessor
+        from vllm_sparse_backend.config import session_directory
+        before, takes = session_directory(), InputProcessor(config)
+        assert session_directory() != before
+
+        def request(value):
+            params = SamplingParams(max_tokens=1, extra_args={"sparse_prefill": value})
+            return takes.process_inputs("name", tokens_input([5] * 9), params, ("generate",))
+
+        assert request("off").cache_salt == "sparse_prefill:off;"
+        assert request("on").cache_salt is None
+        try:
+            request("maybe")
+        except ValueError as error:
+            assert 'want "on", "off" or' in str(error), error
+        else:
+            raise AssertionError("nothing was said")
         """,
         path,
     )

@@ -3,7 +3,8 @@
 Two places, each wrapped once in a process. Where requests come in (API servers, offline engines)
 what they ask for is checked and their cache salts are composed. In a worker, while the metadata of
 a batch is made, the model runner knows the requests: how long their prompts are, of which a step
-may hold a part, and what they ask for. Seen with vLLM 0.32; imports vLLM only inside functions.
+may hold a part, and what they ask for; or that there are none. Seen with vLLM 0.32; imports vLLM
+only inside functions.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -37,6 +39,8 @@ NOBODY = 0  # the number of what a runner makes up for itself
 _admission: Admission | None = None  # of this process's engine, the last one made
 _MOST_WARNINGS = 16
 _warned: set[str] = set()  # the first so many
+# The streaming session whose inputs come in here, and its setting.
+_session: ContextVar[tuple[str, Setting] | None] = ContextVar("sparse_prefill", default=None)
 
 
 # Where requests come in
@@ -58,6 +62,7 @@ def admit_requests(admission_of: Callable[[VllmConfig], Admission]) -> None:
     def init(self: Any, vllm_config: VllmConfig, *rest: Any, **more: Any) -> None:
         global _admission  # noqa: PLW0603
         if compat.is_selected(vllm_config):
+            _check_early()
             _admission = admission_of(vllm_config)
             setattr(self, _ADMISSION, _admission)
         make(self, vllm_config, *rest, **more)
@@ -72,6 +77,8 @@ def admit_requests(admission_of: Callable[[VllmConfig], Admission]) -> None:
         extra_args = getattr(params, "extra_args", None)  # of pooling there is none
         setting = admission(extra_args)
         request = process(self, request_id, prompt, params, *rest, **more)
+        if request.resumable:
+            _stay(request_id, setting)
         request.cache_salt = control.salted(setting, request.cache_salt)
         if extra_args and control.FIELD in extra_args:
             # The request's own parameters, but maybe the caller's dictionary.
@@ -81,11 +88,26 @@ def admit_requests(admission_of: Callable[[VllmConfig], Admission]) -> None:
     setattr(process_inputs, _WRAPPED, True)
     InputProcessor.__init__ = init
     InputProcessor.process_inputs = process_inputs
-    _check_early()
+
+
+def _stay(request_id: str, setting: Setting) -> None:
+    """Raise ControlError if an input of a streaming session asks for another setting than the
+    first, whose salt all blocks of the session have.
+
+    vLLM takes a session's inputs in a task of its own: what is remembered ends with its context.
+    """
+    known = _session.get()
+    if known is None or known[0] != request_id:
+        _session.set((request_id, setting))
+    elif known[1] != setting:
+        raise ControlError(
+            f"{control.FIELD}: want {known[1].text!r} in all inputs of a streaming session, as in "
+            f"its first, got {setting.text!r}"
+        )
 
 
 def _check_early() -> None:
-    """Have the OpenAI endpoints ask before they answer.
+    """Have the OpenAI endpoints ask before they answer, once.
 
     An engine is handed a request when its answer is being written: a stream's status is 200 by
     then. And vLLM's beam search has parameters of its own, without the extra arguments.
@@ -93,19 +115,31 @@ def _check_early() -> None:
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
     from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+    from vllm.entrypoints.speech_to_text.transcription.protocol import TranscriptionRequest
+    from vllm.entrypoints.speech_to_text.translation.protocol import TranslationRequest
 
-    for kind in (ChatCompletionRequest, CompletionRequest, ResponsesRequest):
+    searching = (
+        ChatCompletionRequest,
+        CompletionRequest,
+        TranscriptionRequest,
+        TranslationRequest,
+    )
+    for kind in (*searching, ResponsesRequest):
         kind.to_sampling_params = _after(_check_setting, kind.to_sampling_params)
-    for kind in (ChatCompletionRequest, CompletionRequest):
+    for kind in searching:
         kind.to_beam_search_params = _after(_refuse_setting, kind.to_beam_search_params)
 
 
 def _after(check: Callable[[Any], None], convert: Callable[..., Any]) -> Callable[..., Any]:
+    if hasattr(convert, _WRAPPED):
+        return convert
+
     @functools.wraps(convert)
     def checked(self: Any, *rest: Any, **more: Any) -> Any:
         check(self.vllm_xargs)
         return convert(self, *rest, **more)
 
+    setattr(checked, _WRAPPED, True)
     return checked
 
 
@@ -138,6 +172,13 @@ class Told(Protocol):
 
 
 _told: Told | None = None
+_made_up = False
+
+
+def is_made_up() -> bool:
+    """Whether the batch that metadata is being built for is nobody's: vLLM's own, to warm up, to
+    capture graphs, or to keep in step with other ranks."""
+    return _made_up
 
 
 def prompt_lens(num_reqs: int) -> torch.Tensor | None:
@@ -175,6 +216,28 @@ def watch_requests(vllm_config: VllmConfig) -> None:
         _watch_v1()
 
 
+def _watch_made_up(*methods: tuple[Any, str]) -> None:
+    """Have `is_made_up` know what these methods, as (class, name), build."""
+    for kind, name in methods:
+        method = getattr(kind, name)
+        if not hasattr(method, _WRAPPED):
+            setattr(kind, name, _making_up(method))
+
+
+def _making_up(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def made_up(*arguments: Any, **named: Any) -> Any:
+        global _made_up  # noqa: PLW0603
+        before, _made_up = _made_up, True
+        try:
+            return method(*arguments, **named)
+        finally:
+            _made_up = before
+
+    setattr(made_up, _WRAPPED, True)
+    return made_up
+
+
 @contextmanager
 def _telling(told: Told) -> Iterator[None]:
     global _told  # noqa: PLW0603
@@ -210,6 +273,7 @@ class _OfV1:
 def _watch_v1() -> None:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+    _watch_made_up((GPUModelRunner, "_dummy_run"))
     build = GPUModelRunner._build_attention_metadata
     if hasattr(build, _WRAPPED):
         return
@@ -252,7 +316,13 @@ def _watch_v2() -> None:
     from microbatches; both know their requests' places in the runner's table.
     """
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+    from vllm.v1.worker.gpu_worker import Worker
 
+    _watch_made_up(
+        (GPUModelRunner, "_dummy_run"),
+        (GPUModelRunner, "capture_model"),  # also to see how much memory graphs take
+        (Worker, "compile_or_warm_up_model"),  # requests of its own, to compile kernels with
+    )
     add = GPUModelRunner.add_requests
     if hasattr(add, _WRAPPED):
         return

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+    from vllm_sparse_backend import compat_requests
+
 logger = logging.getLogger("vllm.sparse_prefill")
 
 
@@ -29,10 +31,15 @@ def register() -> None:
 
 
 def registered_member() -> Any:
-    """The backend's member of vLLM's registry, registered if need be: what it unpickles to."""
-    from vllm_sparse_backend import compat
+    """The backend's member of vLLM's registry, registered if need be: what it unpickles to.
+
+    A front end may have its configuration from another process, and be told of no start: Ray's
+    replicas on GPUs.
+    """
+    from vllm_sparse_backend import compat, compat_requests
 
     _register()
+    compat_requests.admit_requests(_admission)
     return compat.backend_member()
 
 
@@ -46,11 +53,18 @@ def _register() -> None:
 
 def _on_start(vllm_config: VllmConfig) -> None:
     from vllm_sparse_backend import compat_requests
-    from vllm_sparse_backend.backend.admission import Admission
     from vllm_sparse_backend.backend.start import check
 
     check(vllm_config)
-    compat_requests.admit_requests(Admission)
+    compat_requests.admit_requests(_admission)
+
+
+def _admission(vllm_config: VllmConfig) -> compat_requests.Admission:
+    from vllm_sparse_backend.backend.admission import Admission
+    from vllm_sparse_backend.backend.start import check
+
+    check(vllm_config)  # once more, or, where the configuration was unpickled, for the first time
+    return Admission(vllm_config)
 
 
 def _gpu_path(selector_config: Any, capability: Any) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from vllm_sparse_backend import compat_requests
+from vllm_sparse_backend import compat_connectors, compat_requests
 from vllm_sparse_backend.backend import expect
 from vllm_sparse_backend.backend.start import Setup, capabilities, resolve
 from vllm_sparse_backend.control import DEFAULT, FIELD, OFF, ON, ControlError, Setting, asked
@@ -25,7 +25,9 @@ class Admission:
         setup = resolve(vllm_config)
         self._enabled = setup.config.enabled
         self._why_dense = why_all_dense(setup, vllm_config)
-        self._why_untold = compat_requests.why_untold(vllm_config)
+        self._why_alike = compat_requests.why_untold(vllm_config) or compat_connectors.why_shared(
+            vllm_config
+        )
         policies = {setup.uniform} if setup.profile is None else setup.profile.kinds()
         self._scales = any(scaled(policy, 1.0) is not None for policy in policies)
 
@@ -39,9 +41,9 @@ class Admission:
                 f"{FIELD}: want {OFF!r} or nothing, got {setting.text!r}: this server computes "
                 f"every request dense ({self._why_dense})"
             )
-        if setting != DEFAULT and self._why_untold is not None:
+        if setting != DEFAULT and self._why_alike is not None:
             raise ControlError(
-                f"{FIELD}: want {ON!r} or nothing, got {setting.text!r}: {self._why_untold}"
+                f"{FIELD}: want {ON!r} or nothing, got {setting.text!r}: {self._why_alike}"
             )
         if setting.threshold_scale != 1 and not self._scales:
             raise ControlError(
