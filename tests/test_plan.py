@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -43,7 +46,6 @@ KINDS = (
     DenseReason.MULTIMODAL_PREFIX,
     DenseReason.CHUNKED_ATTENTION,
     DenseReason.OTHER_ATTENTION,
-    DenseReason.OUTPUT_QUANT,
 )
 CANNOT: tuple[tuple[dict[str, Any], DenseReason], ...] = (
     ({"kv_layout": "neon"}, DenseReason.KV_LAYOUT),
@@ -83,6 +85,12 @@ def test_every_reason_is_reached_by_what_it_names() -> None:
 def test_no_flag_of_a_layer_is_forgotten() -> None:
     flags = {f.name for f in dataclasses.fields(LayerTraits) if f.default is False}
     assert flags == set(FLAGS)
+
+
+def test_every_reason_is_given_by_somebody() -> None:
+    sources = [path.read_text() for path in Path(inspect.getfile(make_plan)).parent.glob("*.py")]
+    given = set(re.findall(r"DenseReason\.([A-Z_]+)", "".join(sources)))
+    assert given == {reason.name for reason in DenseReason}
 
 
 def test_reasons_are_labels() -> None:

@@ -64,6 +64,13 @@ def main(
 
 @app.command()
 def doctor(
+    options: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[-- VLLM_OPTIONS]",
+            help="After --model and --: what else would stand behind `vllm serve`.",
+        ),
+    ] = None,
     model: ModelOption = None,
     profile: ProfileOption = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -76,9 +83,11 @@ def doctor(
         raise typer.BadParameter(
             "want --model as well; `vllm-sparse validate` takes a profile alone"
         )
+    if options and model is None:
+        raise typer.BadParameter(f"want --model before vLLM's options, got {' '.join(options)}")
     from vllm_sparse_backend.doctor import examine
 
-    diagnosis = examine(model, None if profile is None else str(profile))
+    diagnosis = examine(model, None if profile is None else str(profile), options or ())
     if json:
         typer.echo(diagnosis.model_dump_json(indent=2))
     else:

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from vllm_sparse_backend.errors import SparsePrefillError
 from vllm_sparse_backend.profile import ModelFacts, architecture_digest
@@ -192,6 +192,33 @@ def accept_environment(names: list[str]) -> None:
     for name in names:
         if name in os.environ:
             envs.environment_variables.setdefault(name, functools.partial(os.environ.get, name))
+
+
+def engine_arguments(words: Sequence[str]) -> dict[str, Any]:
+    """What `vllm serve` with these options would make its EngineArgs of, by name.
+
+    Options of the HTTP server are read as well, and left out. ``model`` is None unless it is among
+    the words. Raises ValueError with the parser's own words.
+    """
+    from dataclasses import fields
+
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    try:
+        from vllm.entrypoints.common.cli_args import make_arg_parser  # 0.33
+    except ModuleNotFoundError:
+        from vllm.entrypoints.launchers.cli_args import make_arg_parser
+
+    class Parser(FlexibleArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise ValueError(message)  # not a usage of many screens, and the process's end
+
+    parser = make_arg_parser(Parser(prog="vllm serve"))
+    parser.set_defaults(model=None)
+    given = vars(parser.parse_args(list(words)))
+    given["model"] = given["model_tag"] or given["model"]
+    return {field.name: given[field.name] for field in fields(EngineArgs) if field.name in given}
 
 
 def is_selected(vllm_config: VllmConfig) -> bool:

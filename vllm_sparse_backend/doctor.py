@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,10 +82,13 @@ class Diagnosis(_Report):
     problems: list[str]
 
 
-def examine(model: str | None = None, profile: str | None = None) -> Diagnosis:
+def examine(
+    model: str | None = None, profile: str | None = None, options: Sequence[str] = ()
+) -> Diagnosis:
     """Look at this machine and, if one is given, at a model with a profile.
 
-    ``model``: a folder or a name, as `vllm serve` takes it; ``profile``: a profile's path.
+    ``model``: a folder or a name, as `vllm serve` takes it; ``profile``: a profile's path;
+    ``options``: what else would stand behind `vllm serve`.
     """
     problems = []
     version, plugins = compat.vllm_version(), config.allowed_plugins()
@@ -115,7 +118,7 @@ def examine(model: str | None = None, profile: str | None = None) -> Diagnosis:
             if not registered and (plugins is None or ENTRY_POINT in plugins):
                 problems.append("vLLM loads its plugins but does not know the backend afterwards")
             if model is not None and registered and runs:
-                served = _served(model, profile)
+                served = _served(model, profile, options)
                 problems += [served.problem] if served.problem else []
     # Only what would compute can be wrong: a GPU's machine needs no compiled core.
     if problem := core.problem if gpu is None else gpu.problem:
@@ -197,12 +200,12 @@ def _in_vllm() -> tuple[str, bool]:
     return compat.platform(), compat.is_registered()
 
 
-def _served(path: str, profile: str | None) -> Model:
+def _served(path: str, profile: str | None, options: Sequence[str]) -> Model:
     """What vLLM's own configuration makes of the model; raises for nothing that is its fault."""
     from vllm_sparse_backend.backend import expect, start
 
     try:
-        vllm_config = configuration(path, profile)
+        vllm_config = configuration(path, profile, options)
     except SparsePrefillError as error:
         return Model(path=path, problem=str(error))
     setup = start.resolve(vllm_config)
@@ -230,27 +233,52 @@ def model_facts(path: str) -> ModelFacts:
         return start.facts_of(vllm_config.model_config)
 
 
-def configuration(path: str, profile: str | None = None) -> VllmConfig:
+def configuration(path: str, profile: str | None = None, options: Sequence[str] = ()) -> VllmConfig:
     """vLLM's own configuration to serve a model with this backend; raises SparsePrefillError for
-    whatever vLLM says to that. A packaged model goes by its name here, too."""
+    whatever vLLM says to that. A packaged model goes by its name here, too.
+
+    ``options``: of `vllm serve`; without any, nothing is compiled and defaults apply.
+    """
     from vllm_sparse_backend.demo.model import folder_of
 
-    section: dict[str, Any] = {} if profile is None else {"profile": str(Path(profile))}
     try:
         from vllm.engine.arg_utils import EngineArgs
 
-        return EngineArgs(
-            model=folder_of(path),
-            attention_backend="sparse_prefill",
-            additional_config={config.SECTION: section},
-            enforce_eager=True,
-            skip_tokenizer_init=True,
-        ).create_engine_config()
+        given: dict[str, Any] = {"enforce_eager": True}
+        if options:
+            given = compat.engine_arguments(options)
+        if given.pop("model", None) not in (None, path):
+            raise SparsePrefillError(f"options: want no model but that of --model, {path}")
+        if not _names_backend(given):
+            given["attention_backend"] = ENTRY_POINT
+        given["additional_config"] = _with_profile(given.get("additional_config") or {}, profile)
+        given |= {"model": folder_of(path), "skip_tokenizer_init": True}
+        vllm_config = EngineArgs(**given).create_engine_config()
     except SparsePrefillError:
         raise
     # Whatever it raises, it is the answer to the question.
     except Exception as error:
         raise SparsePrefillError(f"vLLM cannot serve {path}: {error}") from error
+    if not compat.is_selected(vllm_config):
+        raise SparsePrefillError(f"options: want the attention backend {ENTRY_POINT}, or none")
+    return vllm_config
+
+
+def _names_backend(given: Mapping[str, Any]) -> bool:
+    attention = given.get("attention_config")
+    more = attention and (attention.backend or attention.backend_per_kind)
+    return bool(given.get("attention_backend") or more)
+
+
+def _with_profile(additional: Any, profile: str | None) -> dict[str, Any]:
+    if not isinstance(additional, Mapping):
+        raise SparsePrefillError(f"--additional-config: want a JSON object, got {additional!r}")
+    section = additional.get(config.SECTION, {})
+    if profile is None or not isinstance(section, Mapping):  # the configuration says what is wrong
+        return {**additional, config.SECTION: section}
+    if (other := section.get("profile")) is not None:
+        raise SparsePrefillError(f"--profile: want one, got {profile}, and {other} in the options")
+    return {**additional, config.SECTION: {**section, "profile": str(Path(profile))}}
 
 
 @contextlib.contextmanager

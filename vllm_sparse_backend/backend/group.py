@@ -113,8 +113,11 @@ class LayerGroup:
 
         ``seq_lens`` [R]: tokens of context, on the host; None: they are not known there.
         ``min_query_tokens``: at least so many make a request sparse, whatever is configured. The
-        plan that is returned is counted by the layers that follow it.
+        plan that is returned is counted by the layers that follow it. A batch that vLLM has made up
+        for itself has no plan, and is not counted.
         """
+        if compat_requests.is_made_up():
+            return None
         starts = common.query_start_loc_cpu.numpy()
         tokens, requests = int(starts[-1]), int(np.count_nonzero(np.diff(starts)))
         for reason, layers in self._dense_layers.items():

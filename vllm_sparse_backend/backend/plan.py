@@ -45,7 +45,6 @@ class DenseReason(StrEnum):
     KV_LAYOUT = "kv_layout"
     DTYPE = "dtype"
     HEAD_DIM = "head_dim"
-    OUTPUT_QUANT = "output_quant"
 
 
 REQUEST_REASONS = (

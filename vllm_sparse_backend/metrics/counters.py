@@ -96,6 +96,10 @@ class Counters:
         of_heads = np.frombuffer(self._map, np.float64, offset=HEADER_BYTES)[len(keys) :]
         self._tiles = of_heads.reshape(len(KINDS), layers * self._heads)
         self._mirror = mirror
+        if mirror is not None:  # at 0 from the start on, as the file is: alerts ask for that
+            of_layers = itertools.product([LAYER_TILES], map(str, range(layers)), KINDS)
+            for key in (*keys, *of_layers):
+                mirror.add(key, 0)
 
     def add(self, key: Key, amount: float) -> None:
         """Add to one counter."""

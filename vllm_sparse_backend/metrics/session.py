@@ -7,6 +7,7 @@ about what ran; directories of processes that were killed are removed by the nex
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
 import multiprocessing
@@ -23,7 +24,6 @@ from vllm_sparse_backend.metrics.counters import read_totals
 logger = logging.getLogger("vllm.sparse_prefill")
 
 PREFIX = "vllm-sparse-prefill-"
-LOCK = "lock"
 GRACE_SECONDS = 60  # in which a directory's maker must have locked it
 # Below 0: after the children have been joined, in a child of multiprocessing too, where
 # atexit would not run.
@@ -36,9 +36,11 @@ class Session:
     def __init__(self) -> None:
         _remove_stale(Path(tempfile.gettempdir()))
         self.directory = Path(tempfile.mkdtemp(prefix=PREFIX))  # mode 0700
-        # Held as long as this process lives: what tells a live directory from a stale one.
-        self._lock = (self.directory / LOCK).open("w")
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        # Held as long as this process lives: what tells a live directory from a stale one. Of the
+        # directory itself, which systemd-tmpfiles then leaves alone; files in it may be aged away.
+        self._lock = _open(self.directory)
+        with contextlib.suppress(OSError):  # NFS locks no directories, and so removes none
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
         Finalize(None, self._end, exitpriority=LAST)
 
     def _end(self) -> None:
@@ -72,10 +74,17 @@ def _remove_stale(parent: Path) -> None:
             status = directory.lstat()
             if status.st_uid != os.getuid() or time.time() - status.st_mtime < GRACE_SECONDS:
                 continue
-            with (directory / LOCK).open("w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except FileNotFoundError:  # its maker died before it had locked it
-            pass
-        except OSError:  # locked, or not ours to look into
+            lock = _open(directory)
+        except OSError:  # gone, or no directory
             continue
-        shutil.rmtree(directory, ignore_errors=True)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(directory, ignore_errors=True)
+        except OSError:  # locked
+            pass
+        finally:
+            os.close(lock)
+
+
+def _open(directory: Path) -> int:
+    return os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)

@@ -41,7 +41,6 @@ MEANINGS = {
     DenseReason.KV_LAYOUT: "a layout of the KV cache that the core does not read",
     DenseReason.DTYPE: "a dtype that the core does not compute in",
     DenseReason.HEAD_DIM: "a head_dim that the core does not compute",
-    DenseReason.OUTPUT_QUANT: "fused quantization of the output",
 }
 KEPT = "too short to be sparse; by this package's core, every tile kept, which is faster"
 
