@@ -3,7 +3,8 @@
     python loadtest/overhead.py --pairs 40 --starts 3
 
 Two engines with the demo's model live in one process and are asked in turn: whatever else the
-machine does, it does to both. Ratios are of medians, with a bootstrap interval of 95%.
+machine does, it does to both. Ratios are of medians, with a bootstrap interval of 95%; of few
+pairs, with the range of the pairs' own ratios.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from vllm_sparse_backend.demo.text import build_document
 SIDES: tuple[Side, Side] = ("dense", "sparse")
 WARM_UP = 2  # pairs
 RESAMPLES = 2000
+FEWEST = 8  # pairs; an interval resampled from fewer is their range, whatever it is called
 Times = dict[Side, list[float]]
 
 
@@ -94,8 +96,8 @@ def start(options: ServerOptions, starts: int) -> Times:
     return started
 
 
-def interval(times: Times) -> tuple[float, float, float]:
-    """sparse / dense of the medians, and its bootstrap interval over the pairs of requests."""
+def interval(times: Times) -> tuple[float, float]:
+    """Of sparse / dense of the medians: the bootstrap's over the pairs of requests."""
     draw = random.Random(0)
     pairs = list(zip(times["dense"], times["sparse"], strict=True))
     ratios = []
@@ -103,8 +105,17 @@ def interval(times: Times) -> tuple[float, float, float]:
         dense, sparse = zip(*draw.choices(pairs, k=len(pairs)), strict=True)
         ratios.append(statistics.median(sparse) / statistics.median(dense))
     ratios.sort()
-    whole = statistics.median(times["sparse"]) / statistics.median(times["dense"])
-    return whole, ratios[int(0.025 * RESAMPLES)], ratios[int(0.975 * RESAMPLES)]
+    return ratios[int(0.025 * RESAMPLES)], ratios[int(0.975 * RESAMPLES)]
+
+
+def told(times: Times) -> str:
+    """What `interval` found, or, of fewer than `FEWEST` pairs, their range."""
+    pairs = list(zip(times["dense"], times["sparse"], strict=True))
+    if len(pairs) < FEWEST:
+        ratios = [sparse / dense for dense, sparse in pairs]
+        return f"{min(ratios):.3f} to {max(ratios):.3f}, the range of {len(pairs)}"
+    low, high = interval(times)
+    return f"{low:.3f} to {high:.3f}"
 
 
 def main(
@@ -126,9 +137,9 @@ def main(
     rows |= {f"prefill of {prompt_tokens} tokens": prefill, "decode of a token": decode}
     table = Table("", "dense (ms)", "sparse (ms)", "ratio", "95%")
     for name, times in rows.items():
-        ratio, low, high = interval(times)
-        medians = (f"{1000 * statistics.median(times[side]):.1f}" for side in SIDES)
-        table.add_row(name, *medians, f"{ratio:.3f}", f"{low:.3f} to {high:.3f}")
+        dense, sparse = (statistics.median(times[side]) for side in SIDES)
+        medians = (f"{1000 * median:.1f}" for median in (dense, sparse))
+        table.add_row(name, *medians, f"{sparse / dense:.3f}", told(times))
     Console().print(table)
 
 

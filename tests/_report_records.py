@@ -93,7 +93,7 @@ def measurement(of: Profile) -> Measurement:
         texts=["a book", "some <code>"],
         lengths=LENGTHS,
         chunk_tokens=2048,
-        rule="error",
+        rule="head",
         budget=0.05,
         seed=7,
         isa="avx2",

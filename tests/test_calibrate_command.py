@@ -49,10 +49,12 @@ def command(model: Path, text: Path, output: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
-def run(model: Path, text: Path, output: Path, *more: str) -> subprocess.CompletedProcess[str]:
+def run(
+    model: Path, text: Path, output: Path, *more: str, **variables: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command(model, text, output, *more),
-        env=environment(),
+        env=environment(**variables),
         capture_output=True,
         text=True,
         timeout=SECONDS,
@@ -65,7 +67,9 @@ def calibrated(
     tiny_llama: Path, words: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, subprocess.CompletedProcess[str]]:
     output = tmp_path_factory.mktemp("calibrated") / "profile.json"
-    return output, run(tiny_llama, words, output, "--error", "0.05", "--json")
+    # vLLM's log is not to be in the JSON.
+    more = {"VLLM_LOGGING_LEVEL": "INFO"}
+    return output, run(tiny_llama, words, output, "--error", "0.05", "--json", **more)
 
 
 def test_a_profile_with_its_measurement(
@@ -144,6 +148,8 @@ def test_a_killed_calibration_goes_on(tiny_llama: Path, words: Path, tmp_path: P
         (["--text", "nowhere"], "text nowhere: No such file or directory"),
         (["--theta", "0.4"], "--theta: rule head has no use for it; want --error"),
         (["--rule", "sale", "--error", "0.1"], "--error: rule sale has no use for it"),
+        (["--rule", "sale", "--tail-error", "0.1"], "--tail-error: rule sale has no use for it"),
+        (["--rule", "minference", "--tail-error", "1"], "--tail-error: rule minference has no use"),
         (["--hf-overrides", "[]"], "--hf-overrides: want a JSON object"),
     ],
 )

@@ -15,20 +15,30 @@ from _engine import environment
 from _selectors import Everything, Nothing
 from test_calibrate_command import command
 from test_calibrate_rules import part as fused_part
+from torch import get_num_threads, set_num_threads
 from typer.testing import CliRunner
 
+from vllm_sparse_backend.backend.observe import Call
 from vllm_sparse_backend.calibrate.candidates import FUSED, LADDERS, Ladder, ladders_of
+from vllm_sparse_backend.calibrate.documents import Document
 from vllm_sparse_backend.calibrate.measure import LayerRecord
 from vllm_sparse_backend.calibrate.parts import PartsFolder
+from vllm_sparse_backend.calibrate.record import Recorder
 from vllm_sparse_backend.calibrate.results import Measurement, measurement_of
 from vllm_sparse_backend.calibrate.rules import Rule, choose
+from vllm_sparse_backend.calibrate.run import Model, Wanted, _key
+from vllm_sparse_backend.calibrate.sources import file_digest
+from vllm_sparse_backend.calibrate.summary import choosing
 from vllm_sparse_backend.calibrate.table import Group, Part, relative_cost, tabulate
 from vllm_sparse_backend.cli import app
-from vllm_sparse_backend.ops import reference
+from vllm_sparse_backend.config import SparseConfig
+from vllm_sparse_backend.offline import EngineOptions
+from vllm_sparse_backend.ops import layout, reference
 from vllm_sparse_backend.ops.tiles import q_blocks
-from vllm_sparse_backend.profile import load_profile
-from vllm_sparse_backend.selection import DENSE, ListSelector, Static
+from vllm_sparse_backend.profile import ModelFacts, load_profile
+from vllm_sparse_backend.selection import DENSE, ListSelector, Static, label
 from vllm_sparse_backend.selection.s2 import Strided
+from vllm_sparse_backend.selection.seer import Seer
 
 SETTINGS = (Strided(stride=2, local=64), Strided(stride=5, tile=64, local=64), Nothing(local=64))
 LISTED = (*LADDERS, Ladder("listed", SETTINGS))
@@ -80,7 +90,7 @@ def listed_part(seed: int, group: Group) -> Part:
     return Part(
         its.group, its.octaves, its.size, its.rows, its.causal,
         **{name: [*getattr(its, name), x] for name, x in more.items()},
-        select=[np.tile([0.2, 0.4, 0.8], (layers, 1))], keep_all=np.full(layers, 2.0),
+        select=[np.tile([0.2, 0.4, 0.8], (layers, 1))], keep_all=np.full(layers, 2.0), steps=4,
     )  # fmt: skip
 
 
@@ -90,8 +100,8 @@ def test_a_list_selectors_cost_is_measured() -> None:
     at = [i for i, its in enumerate(table.candidates) if isinstance(its.policy, ListSelector)]
     assert [table.candidates[i].policy for i in at] == list(SETTINGS)
     cost = relative_cost(table, "avx2", 64)
-    for i, choosing in zip(at, (0.1, 0.2, 0.4), strict=True):
-        np.testing.assert_allclose(cost[i], table.density[i, 0] + choosing)
+    for i, share in zip(at, (0.1, 0.2, 0.4), strict=True):
+        np.testing.assert_allclose(cost[i], table.density[i, 0] + share)
     assert (table.selection[: at[0]] == 0).all() and (table.selection[-1] == 0).all()
     # Beside it, the fused ones are what they are without.
     alone = tabulate([fused_part(0, group), fused_part(1, group)])
@@ -117,10 +127,57 @@ def test_parts_keep_what_choosing_took(tmp_path: Path) -> None:
     assert again is not None and again.keep_all is not None
     np.testing.assert_array_equal(again.select[0], its.select[0])
     np.testing.assert_array_equal(again.keep_all, its.keep_all)
+    assert again.steps == its.steps == 4
     assert len(again.error) == len(LISTED)
     folder.save("text-4096-0", "key", fused_part(1, group))
     again = folder.load("text-4096-0", "key", group)
     assert again is not None and again.keep_all is None and list(again.select) == []
+
+
+@needs_core
+def test_choosing_is_told_of_the_steps_that_were_measured() -> None:
+    length, chunk, group = 2560, 512, Group("text", 2560)
+    q, k, v = make_qkv(1, length, length, heads=2, kv_heads=1)
+    cache = layout.pack(k, v)
+    table = torch.arange(len(cache), dtype=torch.int32)[None]
+    recorder = Recorder(group, SparseConfig(), 5, "seed", lambda: None, LISTED, length)
+    for end in range(chunk, length + 1, chunk):  # two of five reach `min_prompt_tokens`
+        at, ends = (torch.tensor(x, dtype=torch.int32) for x in ([0, chunk], [end]))
+        recorder(Call(3, [0], q[end - chunk : end], cache, table, at, ends, 0.125, "vec"))
+    part = recorder.part()
+    assert part.steps == 2
+    made = tabulate([part], LISTED)
+    number = [its.policy for its in made.candidates].index(SETTINGS[0])
+    took = choosing([part], made, np.full((1, 2), number))
+    assert took == {label(SETTINGS[0]): pytest.approx(part.select[0][0, 0] / 2, abs=1e-5)}
+
+
+def test_other_gates_or_threads_are_measured_anew(tmp_path: Path) -> None:
+    facts = ModelFacts(
+        architecture="LlamaForCausalLM", num_layers=1, num_heads=4, num_kv_heads=2, head_dim=64
+    )
+    gates, document = tmp_path / "gates", Document(Group("text", 4096), 0, (1, 2, 3))
+
+    def key(*more: Ladder) -> str:
+        file_digest.cache_clear()
+        wanted = Wanted(
+            EngineOptions("model", 4096), "name", ("text",), (4096,), Rule.HEAD, 0.02, 1.0, 16, 0,
+            tmp_path / "p.json", ladders=(*LADDERS, *more),
+        )  # fmt: skip
+        return _key(wanted, Model(facts, (0,)), document, "dense")
+
+    seer, threads = Ladder("seer", (Seer(gates=str(gates)),)), get_num_threads()
+    gates.write_bytes(b"first")
+    fused, first = key(), key(seer)
+    assert key(seer) == first != fused
+    gates.write_bytes(b"refitted")
+    assert key(seer) != first
+    gates.write_bytes(b"first")
+    try:
+        set_num_threads(threads + 1)
+        assert key(seer) != first and key() == fused, "no times are measured of fused ones"
+    finally:
+        set_num_threads(threads)
 
 
 def test_ladders_are_the_fused_ones_and_those_named() -> None:
@@ -169,6 +226,8 @@ def test_a_profile_of_list_selectors(tiny_llama: Path, tmp_path: Path) -> None:
     [
         (["--methods", "hips"], "--methods: want all or some of sale, mass, static"),
         (["--rule", "sale", "--methods", "static"], "rule sale chooses thresholds of sale"),
+        (["--rule", "sale", "--methods", "sale,strided"], "thresholds of sale; want sale alone"),
+        (["--rule", "sale", "--methods", "all"], "thresholds of sale; want sale alone"),
     ],
 )
 def test_wrong_methods_are_named(

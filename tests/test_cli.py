@@ -53,6 +53,31 @@ def test_help_and_version_import_neither_torch_nor_vllm() -> None:
         assert done.stdout.rstrip().endswith("[]"), done.stdout
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["calibrate", "no-model", "--text", "none.txt"],
+        ["compare", "no-model", "--text", "none.txt"],
+        ["fit-gates", "no-model", "--text", "none.txt"],
+        ["inspect", "PROFILE", "--attention", "0", "0", "--text", "none.txt"],
+        ["eval", "no-model", "--policy", '{"selector": "mass"}'],
+        ["eval", "no-model", "--profile", "PROFILE"],
+    ],
+)
+def test_what_measures_does_not_start_under_a_variable_that_overrides_it(
+    arguments: list[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(profile_text())
+    arguments = [str(path) if it == "PROFILE" else it for it in arguments]
+    done = CliRunner().invoke(app, arguments, env={"VLLM_SPARSE_PREFILL_PROFILE": "b.json"})
+    assert done.exit_code == 2
+    assert done.stderr == (
+        "error: VLLM_SPARSE_PREFILL_PROFILE: want it unset, as it would change what this command "
+        "measures, got 'b.json'\n"
+    )
+
+
 def test_validate_says_what_a_profile_is_of(tmp_path: Path) -> None:
     path = tmp_path / "mine.json"
     path.write_text(profile_text())
@@ -127,3 +152,59 @@ def test_doctor_about_a_model_and_its_profile(tiny_llama: Path, tmp_path: Path) 
     done = fresh("doctor", "--model", str(tiny_llama), "--profile", str(path))
     assert done.returncode == 1
     assert "num_heads: the profile has 8, the model 4" in done.stdout
+
+
+def asked(model: Path, *options: str) -> dict[str, Any]:
+    """What doctor says with these options of the server's."""
+    done = CliRunner().invoke(app, ["doctor", "--json", "--model", str(model), "--", *options])
+    found: dict[str, Any] = json.loads(done.stdout)
+    assert done.exit_code == bool(found["problems"]), done.output
+    return found
+
+
+def of_policy(selector: str) -> str:
+    return json.dumps({"sparse_prefill": {"policy": {"selector": selector}}})
+
+
+def test_doctor_sees_what_the_server_is_started_with(tiny_llama: Path) -> None:
+    for options, reason in (
+        (["--port", "8001", "--max-num-batched-tokens", "2048"], None),
+        (["--attention-backend", "SPARSE_PREFILL"], None),
+        (["--kv-cache-dtype", "fp8"], "quantized_kv"),
+        (["--additional-config", '{"sparse_prefill": {"enabled": false}}'], "switched_off"),
+        (["--additional-config.sparse_prefill.enabled", "false"], "switched_off"),
+        (["--hf-overrides", '{"attn_logit_softcapping": 30.0}'], "softcap"),
+    ):
+        found = asked(tiny_llama, *options)
+        assert found["problems"] == [], options
+        reasons = [layer["reason"] for layer in found["model"]["layers"]]
+        assert reasons == [reason] * 2, options
+    found = asked(tiny_llama, "--max-model-len", "1024")["model"]
+    assert "every request will be computed dense: max_model_len is 1024" in str(found["warnings"])
+    found = asked(tiny_llama, "--additional-config", of_policy("static"))["model"]
+    assert "every head static" in found["profile"]
+
+
+def test_doctor_says_what_vllm_or_we_say_to_the_options(tiny_llama: Path) -> None:
+    for options, said in (
+        (["--no-such-option"], "unrecognized arguments: --no-such-option"),
+        (["--max-model-len", "long"], "--max-model-len"),
+        (["another-model"], "want no model but that of --model"),
+        (["--model", "another-model"], "want no model but that of --model"),
+        (["--attention-backend", "CPU_ATTN"], "want the attention backend sparse_prefill, or none"),
+        (["--attention-config.backend", "CPU_ATTN"], "want the attention backend sparse_prefill"),
+        (["--additional-config", of_policy("statik")], "statik"),
+        (["--additional-config", "[1]"], "additional-config"),
+    ):
+        (problem,) = asked(tiny_llama, *options)["problems"]
+        assert said in problem, options
+    twice = doctor.examine(
+        str(tiny_llama), "one.json", ["--additional-config.sparse_prefill.profile", "other.json"]
+    )
+    assert twice.problems == ["--profile: want one, got one.json, and other.json in the options"]
+
+
+def test_doctor_wants_a_model_with_options() -> None:
+    done = CliRunner().invoke(app, ["doctor", "--", "--kv-cache-dtype", "fp8"])
+    assert done.exit_code == 2
+    assert "--model" in done.output

@@ -10,20 +10,26 @@ import torch
 from _attention import make_qkv, needs_core
 from _selectors import Everything, Nothing
 
+from vllm_sparse_backend.calibrate.documents import Document
+from vllm_sparse_backend.calibrate.run import Model
+from vllm_sparse_backend.calibrate.sources import file_digest, made_of, source_digest
+from vllm_sparse_backend.calibrate.table import Group
 from vllm_sparse_backend.compare.layer import Layer
 from vllm_sparse_backend.compare.measure import CPU_ATTN, Bench, How, Measured
-from vllm_sparse_backend.compare.methods import Setting
+from vllm_sparse_backend.compare.methods import Method, Setting
 from vllm_sparse_backend.compare.ours import Ours
 from vllm_sparse_backend.compare.rounds import SECONDS, spoiled, usual
-from vllm_sparse_backend.compare.run import point_of
-from vllm_sparse_backend.compare.sources import source_digest
+from vllm_sparse_backend.compare.run import Wanted, _cell, point_of
 from vllm_sparse_backend.compare.store import CAPTURED, POINTS, Store
 from vllm_sparse_backend.compare.truth import Judged, Truth, figures
 from vllm_sparse_backend.compat_attention import PAGE, CpuAttention, why_no_cpu_attention
-from vllm_sparse_backend.errors import SparsePrefillError
+from vllm_sparse_backend.errors import SelectorError, SparsePrefillError
+from vllm_sparse_backend.offline import EngineOptions
 from vllm_sparse_backend.ops import PolicyTable, layout, reference
 from vllm_sparse_backend.ops.tiles import q_blocks
+from vllm_sparse_backend.profile import ModelFacts
 from vllm_sparse_backend.selection import DENSE, Sale, Static
+from vllm_sparse_backend.selection.seer import Seer
 
 LENGTH, CHUNK = 3000, 1024
 ENDS = [1024, 2048, 3000]
@@ -195,6 +201,14 @@ def test_what_was_read_comes_back_in_its_chunks(tmp_path: Path, layer: Layer) ->
         store.layer("text-0", "key")
 
 
+def test_what_is_being_read_anew_does_not_count_as_read(tmp_path: Path, layer: Layer) -> None:
+    store = Store(tmp_path / "c.parts")
+    store.save_chunk("text-0", 0, layer)
+    store.close_layer("text-0", "first", [0], 0.125)
+    store.save_chunk("text-0", 0, layer)  # of another text, which is then interrupted
+    assert not store.has_layer("text-0", "first")
+
+
 def test_a_record_counts_under_its_key_alone(tmp_path: Path, bench: Bench) -> None:
     store = Store(tmp_path / "c.parts")
     (its,) = bench.round([Setting(DENSE)])
@@ -230,3 +244,24 @@ def test_a_changed_selector_is_measured_anew(
     source_digest.cache_clear()
     assert source_digest(mine) != before
     assert source_digest(Sale) == ""
+
+
+def test_what_has_other_gates_is_measured_anew(tmp_path: Path) -> None:
+    gates = tmp_path / "gates.safetensors"
+    method = Method("seer", "", (Setting(Seer(gates=str(gates))), Setting(Sale())))
+    facts = ModelFacts(
+        architecture="LlamaForCausalLM", num_layers=1, num_heads=4, num_kv_heads=2, head_dim=64
+    )
+    document = Document(Group("text", LENGTH), 0, (1, 2, 3))
+    wanted = Wanted(
+        EngineOptions("model", LENGTH), Model(facts, (0,)), (0,), (document,), (method,), HOW, 1
+    )
+    found = []
+    for content in (b"first", b"refitted", b"first"):
+        gates.write_bytes(content)
+        file_digest.cache_clear()
+        found.append([job.key for job in _cell(wanted, document, 0).jobs["seer"]])
+    (first, sale), (refitted, again), (same, _) = found
+    assert first == same != refitted and sale == again
+    with pytest.raises(SelectorError, match="none: No such file"):
+        made_of([Seer(gates=str(tmp_path / "none"))])

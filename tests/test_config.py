@@ -18,6 +18,7 @@ from vllm_sparse_backend.config import (
     load_config,
     overrides_in,
     prometheus_multiprocess,
+    refuse_overrides,
     session_directory,
 )
 from vllm_sparse_backend.errors import ConfigError, SparsePrefillError
@@ -164,6 +165,25 @@ def test_a_section_that_is_no_object(section: object) -> None:
 def test_what_is_set_for_the_build_does_not_trip_a_server() -> None:
     """VLLM_SPARSE_PREFILL_BUILD is setup.py's, and an image may well leave it set."""
     assert load({ENV_PREFIX + "BUILD": "require"}) == SparseConfig()
+
+
+def test_a_command_that_measures_refuses_what_would_change_that() -> None:
+    policy = {ENV_PREFIX + "POLICY": '{"selector": "static"}'}
+    profile, least = {ENV_PREFIX + "PROFILE": "b.json"}, {ENV_PREFIX + "MIN_PROMPT_TOKENS": "9"}
+    for section, environ in (
+        (None, policy), (None, profile), (None, least),
+        ({"policy": {"selector": "dense"}}, policy), ({"policy": {"selector": "dense"}}, profile),
+        ({"profile": "a.json"}, profile), ({"min_prompt_tokens": 8}, least),
+    ):  # fmt: skip
+        ((variable, text),) = environ.items()
+        with pytest.raises(ConfigError, match=f"^{variable}: want it unset, .*got {text!r}$"):
+            refuse_overrides(section, environ)
+    with pytest.raises(ConfigError, match=f"^{ENV_PREFIX}PROFIL: "):
+        refuse_overrides({}, {ENV_PREFIX + "PROFIL": "b.json"})
+    # What it left to a server's settings follows them, and an instruction set is no setting of it.
+    refuse_overrides({"profile": "a.json"}, least)
+    for nothing in ({}, {ENV_PREFIX + "CPU_ISA": "avx2"}, {ENV_PREFIX + "BUILD": "require"}):
+        refuse_overrides(None, nothing)
 
 
 def test_the_other_variables() -> None:

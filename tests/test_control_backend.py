@@ -330,3 +330,34 @@ def test_model_runner_v2_tells_what_requests_ask_for(
     assert before not in (0, numbers[7])
     assert torch.equal(v2.forward(["e"], alone), group.base(alone))
     assert compat_requests.prompt_lens(1) is None  # nobody tells between steps
+
+
+def test_batches_that_vllm_makes_up_for_itself_are_not_counted(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As to capture graphs, or to keep in step with a rank that has requests."""
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner as V2Runner
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner as V1Runner
+    from vllm.v1.worker.gpu_worker import Worker as GpuWorker
+
+    group = Group(engine_config(tiny_llama, section(TAU)))
+    v2 = V2(group, monkeypatch)
+    v2.add({"a": (300, DEFAULT)})
+    batch = group.batch([(1, 300)])
+    vars(v2.runner).update(
+        speculator=None,
+        lora_config=None,
+        is_first_pp_rank=True,
+        max_num_reqs=8,
+        max_num_tokens=512,
+        decode_query_len=1,
+        kv_connector=SimpleNamespace(set_disabled=lambda _: None),
+        execute_model=lambda *_, **__: v2.forward(["a"], batch),
+    )
+    before = counted(group)
+    v2.runner._dummy_run(1, uniform_decode=True, skip_eplb=True)
+    assert counted(group) == before
+    v2.runner.execute_model()
+    assert counted(group) == before | {"decode": before["decode"] + 1}
+    others: list[Any] = [V2Runner.capture_model, GpuWorker.compile_or_warm_up_model]
+    assert all(hasattr(it, compat_requests._WRAPPED) for it in (*others, V1Runner._dummy_run))

@@ -252,16 +252,18 @@ def test_an_evaluation_survives_its_file(tmp_path: Path) -> None:
     assert load_evaluation(tmp_path / "eval.json") == made
 
 
-def test_the_tables_show_every_task_and_what_was_lost() -> None:
+def _shown(made: Evaluation) -> str:
     shown = StringIO()
-    show(evaluation(asked_row(), scored_row(growth=0.02)), Console(file=shown, width=120))
-    text = shown.getvalue()
+    show(made, Console(file=shown, width=120))
+    return shown.getvalue()
+
+
+def test_the_tables_show_every_task_and_what_was_lost() -> None:
+    text = _shown(evaluation(asked_row(), scored_row(growth=0.02)))
     for part in ("needles", "33% (6%-79%)", "text (code)", "+2.02%", "83%, 1/3", "LOST", "2/2 1/2"):
         assert part in text, part
     assert text.count("LOST") == 3
-    shown = StringIO()
-    show(evaluation(scored_row()), Console(file=shown, width=120))
-    assert "Nothing is lost." in shown.getvalue()
+    assert "Nothing is lost." in _shown(evaluation(scored_row()))
     assert max(map(len, text.splitlines()[1:])) <= 120
 
 
@@ -417,10 +419,43 @@ def test_dense_readings_are_kept_for_the_same_tokens_and_engine(tmp_path: Path) 
     assert kept.load("needles-0", replace(item, questions=item.questions[:1])) is None
     for options in (EngineOptions("other", 1024), EngineOptions("model", 1024, dtype="float32")):
         assert DenseReadings(tmp_path, options).load("needles-0", item) is None
-    # Room for more changes nothing.
+    # Room for more changes nothing, but where vLLM chooses LongRoPE's factors by it.
     assert DenseReadings(tmp_path, EngineOptions("model", 2048)).load("needles-0", item) == reading
     (tmp_path / "needles-0.json").write_text('{"key": ')
     assert kept.load("needles-0", item) is None
+
+
+def test_times_of_an_earlier_run_are_said_to_be() -> None:
+    ran = evaluation(asked_row())
+    assert "earlier" not in _shown(ran)
+    ran = ran.model_copy(update={"dense_kept": 3, "dense_times_kept": 1})
+    assert "TTFT: 1 of 2 dense times are of an earlier run\n" in _shown(ran)
+
+
+@pytest.mark.parametrize("from_hub", [False, True])
+def test_an_edited_configuration_is_another_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, from_hub: bool
+) -> None:
+    folder, model = tmp_path, str(tmp_path)
+    if from_hub:  # as its client keeps what it downloads
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+        kept, model = tmp_path / "models--org--name", "org/name"
+        folder = kept / "snapshots" / "1234"
+        folder.mkdir(parents=True)
+        (kept / "refs").mkdir()
+        (kept / "refs" / "main").write_text("1234")
+    identities = []
+    for rope in ("linear", "yarn", "longrope", "su"):
+        config = json.dumps({"rope_scaling": {"type": rope, "factor": 2.0}}, indent=1)
+        (folder / "config.json").write_text(config)
+        short, long = (EngineOptions(model, length).identity() for length in (4096, 8192))
+        assert (short == long) == (rope in ("linear", "yarn"))
+        identities.append(json.dumps(short))
+    assert len(set(identities)) == 4
+    (folder / "config.json").write_text("{}")
+    overrides = {"rope_parameters": {"rope_type": "longrope"}}
+    short, long = (EngineOptions(model, n, hf_overrides=overrides).identity() for n in (4096, 8192))
+    assert short != long
 
 
 @needs_core

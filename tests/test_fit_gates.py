@@ -99,14 +99,16 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def run(model: Path, text: Path, output: Path, *more: str) -> subprocess.CompletedProcess[str]:
+def run(
+    model: Path, text: Path, output: Path, *more: str, **variables: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [
             str(Path(sys.executable).with_name("vllm-sparse")), "fit-gates", str(model),
             "--text", str(text), "--length", "1024", "--documents", "3", "--steps", "60",
             "-o", str(output), "--dtype", "float32", *more,
         ],
-        env=environment(),
+        env=environment(**variables),
         capture_output=True,
         text=True,
         timeout=560,
@@ -117,7 +119,8 @@ def run(model: Path, text: Path, output: Path, *more: str) -> subprocess.Complet
 @needs_core
 def test_gates_that_a_server_follows(tiny_llama: Path, words: Path, tmp_path: Path) -> None:
     path = tmp_path / "gates.safetensors"
-    done = run(tiny_llama, words, path, "--json", "--chunk-tokens", "512")
+    more = {"VLLM_LOGGING_LEVEL": "INFO"}  # which is not to be in the JSON
+    done = run(tiny_llama, words, path, "--json", "--chunk-tokens", "512", **more)
     assert done.returncode == 0, done.stderr[-3000:]
     summary = json.loads(done.stdout)
     assert summary["output"] == str(path)

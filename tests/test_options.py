@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import tomllib
+from pathlib import Path
+
 import pytest
 import typer
 
@@ -9,6 +13,7 @@ from vllm_sparse_backend.errors import SparsePrefillError
 from vllm_sparse_backend.options import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
+    EXTRAS,
     Refused,
     errors_named,
     json_object,
@@ -43,6 +48,10 @@ def test_json_objects() -> None:
             json_object(text, "--x")
 
 
+def _missing(module: str) -> ModuleNotFoundError:
+    return ModuleNotFoundError(f"No module named {module!r}", name=module)
+
+
 @pytest.mark.parametrize(
     ("error", "status", "said"),
     [
@@ -53,7 +62,11 @@ def test_json_objects() -> None:
             EXIT_FAILED,
             "error: x.json: No such file\n",
         ),
-        (ModuleNotFoundError("No module named 'jinja2'"), EXIT_FAILED, "pip install"),
+        (_missing("jinja2"), EXIT_FAILED, "named 'jinja2'; want it installed: pip install"),
+        (_missing("rich"), EXIT_FAILED, "[cpu,demo]'\n"),
+        (_missing("pandas"), EXIT_FAILED, "[cpu,demo,loadtest]'\n"),
+        (_missing("vllm"), EXIT_FAILED, "[cpu]'\n"),
+        (_missing("vllm.no_such"), EXIT_FAILED, "the traceback above says where\n"),
         (KeyboardInterrupt(), EXIT_INTERRUPTED, "cut off\n"),
         (ZeroDivisionError("a bug"), EXIT_FAILED, "ZeroDivisionError: a bug"),
     ],
@@ -67,6 +80,15 @@ def test_errors_become_a_message_and_a_status(
     shown = capsys.readouterr()
     assert said in shown.err
     assert not shown.out
+
+
+def test_every_package_of_an_extra_is_told_with_it() -> None:
+    text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    extras = tomllib.loads(text)["project"]["optional-dependencies"]
+    modules = {"pyyaml": "yaml"}
+    for extra, told in (("demo", "cpu,demo"), ("loadtest", "cpu,demo,loadtest")):
+        packages = {re.split(r"[^\w-]", line)[0] for line in extras[extra]} - {"numpy"}
+        assert {modules.get(name, name) for name in packages} <= set(EXTRAS[told])
 
 
 def test_exits_and_usage_errors_pass_through() -> None:

@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from _report_records import (
     LENGTHS,
@@ -156,6 +157,50 @@ def test_several_evaluations_are_told_apart_and_added_up() -> None:
     assert "dense: 44 of 48" in found.text
     for said in ("Evaluation [1]", "Evaluation [2]", "seed 99", "needles [2]", "44 of 44"):
         assert said in found.text, said
+
+
+def test_times_of_an_earlier_run_are_told_beside_every_ratio() -> None:
+    made = profile()
+    ran = evaluation(made, dense_kept=4, dense_times_kept=2)
+    said = "2 of 4 dense times are of an earlier run"
+    assert f"(18.0 s dense, 9.0 s sparse; {said})." in verdict(None, [ran])
+    assert headline(None, None, None, [ran])[0].what.endswith(f"8,192 tokens; {said}")
+    assert _Page(page(made, ran)).text.count(said) == 3  # the picture's caption, too
+    assert "earlier" not in page(made, evaluation(made))
+
+
+def test_a_budget_is_drawn_where_it_is_an_error() -> None:
+    made = profile()
+    for rule, budget, said in (
+        ("head", 0.05, "Dotted: the budget of each head (rule head, 0.05)."),
+        ("global", 0.05, "Dotted: the budget of the mean of all heads (rule global, 0.05)."),
+        ("loss", 0.05, "Dotted: the budget of the mean of all heads, which the model's loss has"),
+        ("sale", 0.4, None),
+        ("minference", 0.25, None),
+    ):
+        measured = measurement(made).model_copy(update={"rule": rule, "budget": budget})
+        dotted = [
+            line
+            for axes in curves_figure(measured).axes
+            for line in axes.lines
+            if np.array_equal(np.asarray(line.get_ydata()), [budget, budget])
+        ]
+        assert len(dotted) == (0 if said is None else len(LENGTHS)), rule
+        text = _Page(render_html(Inputs(made, "p.json", Found(Path("m"), measured, ""), []))).text
+        assert "Dotted" not in text if said is None else said in text, rule
+        assert f"rule {rule}, budget {budget}" in text
+
+
+def test_perplexity_is_drawn_of_each_task_and_evaluation() -> None:
+    made = profile()
+    text = evaluation(made).rows[2]
+    short = text.model_copy(update={"length": 2048})
+    rows = (short, text, text.model_copy(update={"task": "copy"}))
+    ran = evaluation(made, rows=rows)
+    alone = [title for title, _ in perplexity_rows([ran])]
+    assert alone == ["text (code), 8192 tokens", "copy (code), 8192 tokens"]
+    both = [title for title, _ in perplexity_rows([ran, evaluation(made)])]
+    assert both == [*(f"{title} [1]" for title in alone), "text (code), 8192 tokens [2]"]
 
 
 def test_the_sums() -> None:

@@ -20,6 +20,7 @@ from vllm_sparse_backend.selection import Policy
 
 SECTION = "sparse_prefill"
 ENV_PREFIX = "VLLM_SPARSE_PREFILL_"
+SOURCES = frozenset({"profile", "profile_digest", "policy"})
 # Of setup.py, at install time; an image may well leave it set.
 BUILD_VARIABLE = ENV_PREFIX + "BUILD"
 # Set by us for our own child processes; not VLLM_*, which vLLM would warn about.
@@ -100,6 +101,30 @@ def overrides_in(environ: Mapping[str, str] | None = None) -> dict[str, str]:
     """The environment variables of ours that are set, known or not."""
     source = os.environ if environ is None else environ
     return {name: source[name] for name in sorted(source) if name.startswith(ENV_PREFIX)}
+
+
+def refuse_overrides(
+    section: Mapping[str, Any] | None = None, environ: Mapping[str, str] | None = None
+) -> None:
+    """For a command that measures under a section of its own: raise ConfigError, naming it, for a
+    variable that would change that, and for a wrong one.
+
+    ``section``: only variables of its fields count. Unless given, all do, for what measures at the
+    defaults, but ``cpu_isa``, which says what computes and not what.
+    """
+    if section is None:
+        taken = set(SparseConfig.model_fields) - {"cpu_isa"}
+    else:
+        taken = set(section)
+        if taken & SOURCES:  # one would stand beside the other, which is an error
+            taken |= SOURCES
+    _overrides(environ)
+    for variable, text in overrides_in(environ).items():
+        if variable.removeprefix(ENV_PREFIX).lower() in taken:
+            raise ConfigError(
+                f"{variable}: want it unset, as it would change what this command measures, "
+                f"got {text!r}"
+            )
 
 
 def allowed_plugins(environ: Mapping[str, str] | None = None) -> list[str] | None:

@@ -6,18 +6,21 @@ code; only HTTP is missing, and worker processes, so that counters and recording
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
 from vllm_sparse_backend.compat import vllm_version
-from vllm_sparse_backend.config import SECTION
+from vllm_sparse_backend.config import SECTION, refuse_overrides
 from vllm_sparse_backend.profile import ModelFacts
 
+LONG_ROPE = ("longrope", "su")  # its `rope_type`, and what that was called before
 Backend = Literal["dense", "sparse_prefill"]  # dense: what vLLM chooses by itself
 
 
@@ -34,17 +37,24 @@ class EngineOptions:
     prefix_caching: bool = False
 
     def identity(self) -> dict[str, Any]:
-        """What results depend on; another training in the same folder is another model."""
+        """What results depend on; another training or configuration in the same folder is another
+        model."""
         folder = Path(self.model)
         weights = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
-        return {
+        config = _config_of(self.model)
+        decides = {
             "vllm": vllm_version(),
             "model": self.model,
             "weights": [[it.name, it.stat().st_size, it.stat().st_mtime_ns] for it in weights],
+            "config": sha256(config.encode()).hexdigest(),
             "dtype": self.dtype,
             "chunk_tokens": self.chunk_tokens,
             "hf_overrides": self.hf_overrides,
         }
+        # By its limit, and not a prompt's length, vLLM chooses LongRoPE's short or long factors.
+        if any(f'"{name}"' in config + json.dumps(self.hf_overrides) for name in LONG_ROPE):
+            decides["max_model_len"] = self.max_model_len
+        return decides
 
     def arguments(self, backend: Backend, sparse_config: dict[str, Any]) -> dict[str, Any]:
         """Of `vllm.LLM`. `sparse_config` goes to the sparse side only: the other ignores it."""
@@ -67,6 +77,16 @@ class EngineOptions:
         return arguments
 
 
+def _config_of(model: str) -> str:
+    """A model's config.json, of a hub name as it was last downloaded; "" if it is not here."""
+    file: Any = Path(model) / "config.json"
+    if not Path(model).is_dir():
+        from huggingface_hub import try_to_load_from_cache
+
+        file = try_to_load_from_cache(model, file.name)  # a path, None, or a mark of its own
+    return Path(file).read_text(encoding="utf-8") if isinstance(file, str | Path) else ""
+
+
 def kv_gib(facts: ModelFacts, tokens: int, dtype: str) -> int:
     """GiB of KV cache for one prompt of so many tokens in every layer, and a tenth to spare."""
     bytes_each = 4 if dtype == "float32" else 2
@@ -80,8 +100,10 @@ def engine(
 ) -> Iterator[Any]:
     """A `vllm.LLM` that computes in this process; leaving the context frees it.
 
-    Call before vLLM has been imported, or with its environment as it is set here.
+    Call before vLLM has been imported, or with its environment as it is set here. Raises
+    ConfigError for a variable that would override what `sparse_config` has.
     """
+    refuse_overrides(sparse_config or {})
     os.environ |= {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",

@@ -16,7 +16,12 @@ EXIT_LOSS = 1  # it ran, and sparse lost something
 EXIT_FAILED = 2  # it did not run
 ALL = "all"  # of names, each that there is
 EXIT_INTERRUPTED = 130  # as a shell counts Ctrl-C
-EXTRA = "this needs the demo extra: pip install 'vllm-sparse-backend[cpu,demo]'"
+# Extras that bring a module, and what to install for it. What vLLM itself brings is of the first.
+EXTRAS = {
+    "cpu": ("vllm", "torch", "transformers", "numpy", "safetensors", "tqdm"),
+    "cpu,demo": ("accelerate", "gguf", "jinja2", "markupsafe", "matplotlib", "openai", "rich"),
+    "cpu,demo,loadtest": ("pandas", "yaml"),
+}
 
 Dtype = Annotated[
     Literal["auto", "bfloat16", "float16", "float32"],
@@ -120,14 +125,15 @@ def errors_named(interrupted: str = "interrupted") -> Iterator[None]:
         fail(str(error))
     except OSError as error:
         fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
-    except ModuleNotFoundError as error:
-        fail(f"{error}; {EXTRA}")
     except KeyboardInterrupt:
         typer.echo(interrupted, err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from None
     except (typer.Exit, typer.Abort, typer.BadParameter):
         raise
-    except Exception:  # Python's own exit status, 1, would say that something is lost
+    except Exception as error:  # Python's own exit status, 1, would say that something is lost
+        for extras, modules in EXTRAS.items():
+            if isinstance(error, ModuleNotFoundError) and error.name in modules:
+                fail(f"{error}; want it installed: pip install 'vllm-sparse-backend[{extras}]'")
         traceback.print_exc()
         fail("this should not have happened; the traceback above says where")
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import resource
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -35,6 +36,7 @@ BUDGETS = {
     "sale": ("--theta", 0.4),
     "minference": ("--work", 0.25),
 }
+METHODS = "sale,mass,static"  # of rule sale: sale
 SHORTEST = 2304  # tokens; up to `min_prompt_tokens`, 2048, nothing is sparse
 
 
@@ -64,7 +66,10 @@ def calibrate(
     ] = None,
     tail_error: Annotated[
         float,
-        typer.Option(min=0.0, help="The same for the worst 1% of a head's rows; 0: no bound."),
+        typer.Option(
+            min=0.0,
+            help="The same for the worst 1% of a head's rows, of the same rules; 0: no bound.",
+        ),
     ] = 0.0,
     rule: Annotated[
         Literal["head", "global", "loss", "sale", "minference"],
@@ -76,14 +81,14 @@ def calibrate(
         ),
     ] = "head",
     methods: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="all|NAME,...",
             help="Selectors that a head may get, list selectors among them; -NAME leaves one out: "
             "all,-hip. They take longer: each setting of theirs chooses tiles for all of every "
-            "document.",
+            f"document. Default: {METHODS}, or, of rule sale, sale, which is all that it has.",
         ),
-    ] = "sale,mass,static",
+    ] = None,
     theta: Annotated[
         float | None,
         typer.Option(min=0.0, help="Of rule sale: absolute error per row. Default: 0.4."),
@@ -154,10 +159,17 @@ def calibrate(
       2    it did not run, or could not be finished; the message says why
       130  interrupted
     """
-    with errors_named(
-        f"interrupted; what was measured stays in {output.with_suffix('.parts')}, and the same "
-        "command goes on from there"
+    # vLLM writes its log to stdout, which is the results'.
+    with (
+        redirect_stdout(sys.stderr),
+        errors_named(
+            f"interrupted; what was measured stays in {output.with_suffix('.parts')}, and the same "
+            "command goes on from there"
+        ),
     ):
+        from vllm_sparse_backend.config import refuse_overrides
+
+        refuse_overrides()
         from vllm_sparse_backend.calibrate.documents import make_documents
         from vllm_sparse_backend.calibrate.rules import Rule
         from vllm_sparse_backend.calibrate.run import Wanted, look_at
@@ -172,6 +184,8 @@ def calibrate(
         from vllm_sparse_backend.tasks.stream import TokenStream
 
         budget = _budget(rule, {"--error": error, "--theta": theta, "--work": work})
+        if tail_error and rule in ("sale", "minference"):
+            raise Refused(f"--tail-error: rule {rule} has no use for it")
         asked = _methods(methods, rule)
         chosen = parse_lengths(lengths)
         overrides = json_object(hf_overrides, "--hf-overrides")
@@ -235,14 +249,16 @@ def _budget(rule: str, given: dict[str, float | None]) -> float:
     return default if budget is None else budget
 
 
-def _methods(text: str, rule: str) -> Names:
+def _methods(text: str | None, rule: str) -> Names:
     """The selectors that are named. Raises Refused and SelectorError."""
     from vllm_sparse_backend.calibrate.candidates import FUSED
     from vllm_sparse_backend.selection import registry
 
+    if text is None:
+        text = "sale" if rule == "sale" else METHODS
     methods = parse_names(text, [*FUSED, *sorted(registry.known())])
-    if rule == "sale" and "sale" not in methods.taken:
-        raise Refused(f"--methods {text}: rule sale chooses thresholds of sale, which is not there")
+    if rule == "sale" and methods.taken != ["sale"]:
+        raise Refused(f"--methods {text}: rule sale chooses thresholds of sale; want sale alone")
     return methods
 
 

@@ -210,8 +210,9 @@ class LayerRecord:
             if head % group == 0:
                 keys, values = (x[:, head // group].float() for x in (k, v))
             rows = q[:, head].float()
-            found = outcomes(rows, keys, values, scale, blocks, masks[head], prompt_len)
-            measured.append(list(found))
+            measured.append(
+                list(outcomes(rows, keys, values, scale, blocks, masks[head], prompt_len))
+            )
         # Copied when all is done: what is kept would lie scattered among the large tensors that it
         # was made with, and keep the allocator from ever using their room as a whole again.
         for pieces, found in zip(self._pieces, measured, strict=True):

@@ -39,7 +39,7 @@ class PartsFolder:
         if "keep_all" in tensors:
             listed = range(sum(each.startswith("select.") for each in tensors))
             fields["select"] = [tensors[f"select.{n}"] for n in listed]
-            fields["keep_all"] = tensors["keep_all"]
+            fields |= {"keep_all": tensors["keep_all"], "steps": int(tensors["steps"].item())}
         return Part(group=group, octaves=tensors["octaves"].tolist(), **fields)
 
     def save(self, name: str, key: str, part: Part) -> None:
@@ -50,7 +50,7 @@ class PartsFolder:
             tensors |= {f"{each}.{n}": x for n, x in enumerate(getattr(part, each))}
         if part.select and part.keep_all is not None:
             tensors |= {f"select.{n}": x for n, x in enumerate(part.select)}
-            tensors["keep_all"] = part.keep_all
+            tensors |= {"keep_all": part.keep_all, "steps": np.array(part.steps)}
         self._write(name, key, tensors)
 
     def load_sensitivity(self, key: str) -> Floats | None:

@@ -40,6 +40,7 @@ class Recorder:
         self._ladders, self._prompt = ladders, prompt
         self._listed = any(ladder.listed for ladder in ladders)
         self._keep_all: dict[int, float] = defaultdict(float)  # seconds, by layer
+        self._steps: dict[int, int] = defaultdict(int)  # measured, by layer
         self._group, self._config, self._blocks = group, config, blocks
         self._seed, self._advance = seed, advance
         self._layers: dict[int, LayerRecord] = {}
@@ -54,6 +55,7 @@ class Recorder:
             k, v = call.keys_values()
             blocks = sampled(len(q), context, count, rng)
             self._layers[call.layer].add(q, k, v, call.scale, blocks, self._prompt)
+            self._steps[call.layer] += 1
             if self._listed:
                 self._keep_all[call.layer] += _keep_all_seconds(call)
         self._advance()
@@ -77,6 +79,7 @@ class Recorder:
             **{name: _stacked(sums, name) for name in BY_LADDER},
             select=_stacked(sums, "select"),
             keep_all=np.array([self._keep_all[layer] for layer in self.layers()]),
+            steps=max(self._steps.values()),  # the same in every layer
         )
 
     def _is_sparse(self, rows: int, context: int) -> bool:

@@ -7,8 +7,6 @@ what a server's would, the errors of all layers before it included.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import time
 from collections import Counter
@@ -16,6 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from torch import get_num_threads
 
 from vllm_sparse_backend import __version__
 from vllm_sparse_backend.calibrate.candidates import FUSED, LADDERS, Ladder
@@ -25,11 +25,13 @@ from vllm_sparse_backend.calibrate.parts import SENSITIVITY, PartsFolder
 from vllm_sparse_backend.calibrate.record import Recorder
 from vllm_sparse_backend.calibrate.results import Measurement, measurement_of, parts_of
 from vllm_sparse_backend.calibrate.rules import Choice, Rule, choose
+from vllm_sparse_backend.calibrate.sources import digest, made_of
 from vllm_sparse_backend.calibrate.summary import choosing, profile_of, summary_of
 from vllm_sparse_backend.calibrate.table import Floats, Part, Table, relative_cost, tabulate
 from vllm_sparse_backend.config import SparseConfig
 from vllm_sparse_backend.errors import SparsePrefillError
 from vllm_sparse_backend.offline import EngineOptions, engine
+from vllm_sparse_backend.ops.cpu import core
 from vllm_sparse_backend.profile import ModelFacts, Profile
 from vllm_sparse_backend.selection import DENSE
 from vllm_sparse_backend.tasks.catalog import Task
@@ -103,8 +105,6 @@ def calibrate(
     What is measured stays in the folder that `parts_of` names, for a calibration that was cut off
     as for another rule or budget. Raises SparsePrefillError.
     """
-    from vllm_sparse_backend.ops.cpu import core
-
     started = time.perf_counter()
     folder = PartsFolder(parts_of(wanted.output))
     sensitivity = None
@@ -119,7 +119,7 @@ def calibrate(
         table = tabulate(parts, wanted.ladders)
         cost = relative_cost(table, isa, model.facts.head_dim, wanted.methods)
         choice = choose(table, cost, wanted.rule, wanted.budget, wanted.tail, sensitivity)
-        took = choosing(wanted, parts, table, choice)
+        took = choosing(parts, table, choice)
         profile = profile_of(wanted, model, table, choice, isa, took)
         _write(profile, wanted.output)
         return profile, table, choice, took
@@ -149,7 +149,7 @@ def _sensitivity(
 
     options = wanted.options
     ids = next(its.token_ids for its in documents if its.group.kind == Task.TEXT)[:TOKENS]
-    key = _hash([__version__, options.identity(), model.sparse_layers, wanted.seed, ids])
+    key = digest([__version__, options.identity(), model.sparse_layers, wanted.seed, ids])
     found = folder.load_sensitivity(key)
     progress.document(SENSITIVITY, 1, reused=found is not None)
     if found is None:
@@ -230,7 +230,7 @@ def _read(
 
 def _key(wanted: Wanted, model: Model, document: Document, followed: str) -> str:
     """Of all that a document's measurement depends on."""
-    decides = {
+    decides: dict[str, Any] = {
         "version": __version__,
         "model": model.facts.model_dump(),
         "served": [wanted.options.identity(), followed],
@@ -241,11 +241,10 @@ def _key(wanted: Wanted, model: Model, document: Document, followed: str) -> str
         "measured": [wanted.blocks, wanted.seed],
         "tokens": document.token_ids,
     }
-    return _hash(decides)
-
-
-def _hash(decides: Any) -> str:
-    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+    listed = [policy for ladder in wanted.ladders if ladder.listed for policy in ladder.settings]
+    if listed:  # their times are measured, too, by the core and the threads that there are
+        decides["listed"] = [made_of(listed), core.active_isa(), get_num_threads()]
+    return digest(decides)
 
 
 def _write(profile: Profile, path: Path) -> None:

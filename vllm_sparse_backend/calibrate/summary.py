@@ -123,12 +123,10 @@ def _divergence(table: Table, choice: Choice, sensitivity: Floats) -> dict[int, 
     }
 
 
-def choosing(
-    wanted: Wanted, parts: Sequence[Part], table: Table, choice: Choice
-) -> dict[str, float]:
+def choosing(parts: Sequence[Part], table: Table, choice: Choice) -> dict[str, float]:
     """Seconds that the list selectors of the choice took for a step of ``chunk_tokens`` tokens in a
-    layer, all of its heads; the mean over layers and documents."""
-    steps = sum(-(-part.group.length // wanted.options.chunk_tokens) for part in parts)
+    layer, all of its heads; the mean over layers and the documents' measured steps."""
+    steps = sum(part.steps for part in parts)
     fused = sum(not ladder.listed for ladder in table.ladders)
     found = {}
     for its in (table.candidates[i] for i in sorted(set(choice.flat))):

@@ -36,7 +36,7 @@ class Part:
     ``size`` [L, H, octaves], ``rows`` and ``causal`` [octaves]; by ladder [L, H, octaves, G]:
     ``error``, ``square``, ``worst``, ``worst_size``, ``mass``, ``kept``. By listed ladder [L, G],
     ``select``: seconds of choosing tiles for a layer's heads; ``keep_all`` [L]: those of the core
-    with every tile kept, on the same steps, where there are listed ladders.
+    with every tile kept, on the same ``steps``, where there are listed ladders.
     """
 
     group: Group
@@ -52,6 +52,7 @@ class Part:
     kept: Sequence[Floats]
     select: Sequence[Floats] = ()
     keep_all: Floats | None = None
+    steps: int = 0  # that were measured: not those that a server would compute densely
 
 
 class Candidate(NamedTuple):

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from vllm_sparse_backend.selection import AnyPolicy
 
 PARTS = ".parts"  # beside the page, instead of its .html
+TASKS, DOCUMENTS = "text,copy", 2  # of --end-to-end
 
 
 def compare_(
@@ -87,10 +88,14 @@ def compare_(
         typer.Option(min=512, help="Of that, tokens. Default: the longest of --lengths."),
     ] = None,
     tasks: Annotated[
-        str,
-        typer.Option(metavar="NAME,...", help=f"Of that: {', '.join(LIKELIHOOD)}."),
-    ] = "text,copy",
-    documents: Annotated[int, typer.Option(min=1, help="Of that, of each task.")] = 2,
+        str | None,
+        typer.Option(
+            metavar="NAME,...", help=f"Of that: {', '.join(LIKELIHOOD)}. Default: {TASKS}."
+        ),
+    ] = None,
+    documents: Annotated[
+        int | None, typer.Option(min=1, help=f"Of that, of each task. Default: {DOCUMENTS}.")
+    ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Times are medians of so many.")] = 3,
     blocks: Annotated[
         int, typer.Option(min=1, help="Blocks of 64 queries of a prompt whose errors are measured.")
@@ -153,11 +158,22 @@ def compare_(
             raise Refused(f"-o {output}: there is no folder {output.parent}")
         # Text options before anything heavy is imported: they are wrong at once.
         given: dict[str, Any] = {
-            "tasks": _tasks(tasks),
+            "tasks": _tasks(TASKS if tasks is None else tasks),
             "lengths": tuple(parse_lengths(lengths)),
             "errors": _errors(error),
             "hf_overrides": json_object(hf_overrides, "--hf-overrides"),
         }
+        if not end_to_end:
+            _unused(
+                {
+                    "--tasks": tasks,
+                    "--documents": documents,
+                    "--end-to-end-length": end_to_end_length,
+                }
+            )
+        from vllm_sparse_backend.config import refuse_overrides
+
+        refuse_overrides()
         from vllm_sparse_backend.compare.conduct import Asked, conduct
 
         asked = Asked(
@@ -169,7 +185,7 @@ def compare_(
             layers=layers,
             end_to_end=end_to_end,
             end_to_end_length=end_to_end_length,
-            documents=documents,
+            documents=documents or DOCUMENTS,
             repeats=repeats,
             blocks=blocks,
             threads=threads,
@@ -190,6 +206,13 @@ def compare_(
         else:
             _show(comparison, markdown)
         typer.echo(f"page: {output}; data: {output.with_suffix('.json')}", err=True)
+
+
+def _unused(given: dict[str, Any]) -> None:
+    """Raises Refused for an option of --end-to-end that was given without it."""
+    for name, value in given.items():
+        if value is not None:
+            raise Refused(f"{name}: want --end-to-end with it, whose option it is")
 
 
 def _tasks(text: str) -> tuple[Task, ...]:

@@ -76,12 +76,27 @@ def conduct(asked: Asked, repeat: str) -> Comparison:
     tokenizer: Any = AutoTokenizer.from_pretrained(model)
     streams = [TokenStream(tokenizer, source) for source in sources]
     documents = make_documents(streams, [Task.TEXT], asked.lengths, 1, asked.seed)
+    dtype = fast_dtype() if asked.dtype == "auto" else asked.dtype
+    afterwards = end_to_end.EndToEnd(
+        model=model,
+        facts=facts,
+        streams=streams,
+        tasks=asked.tasks,
+        length=asked.end_to_end_length or max(asked.lengths),
+        documents=asked.documents,
+        seed=asked.seed,
+        dtype=dtype,
+        chunk_tokens=asked.chunk_tokens,
+        hf_overrides=asked.hf_overrides,
+        repeat=repeat,
+    )
+    if asked.end_to_end:  # what will not do is to be known before hours of measuring
+        end_to_end.plan_of(afterwards, {})
     look = look_at(str(model))
     for profile, _ in profiles:
         profile.match(look.facts)
     layers = layers_of(asked.layers, look.sparse_layers)
     rehearse_all(chosen, look.facts, layers)
-    dtype = fast_dtype() if asked.dtype == "auto" else asked.dtype
     wanted = Wanted(
         options=_engine(asked, model, look.facts, dtype),
         model=look,
@@ -100,19 +115,7 @@ def conduct(asked: Asked, repeat: str) -> Comparison:
     results = found.methods
     if asked.end_to_end:
         results = end_to_end.evaluated(
-            end_to_end.EndToEnd(
-                model=model,
-                facts=facts,
-                streams=streams,
-                tasks=asked.tasks,
-                length=asked.end_to_end_length or max(asked.lengths),
-                documents=asked.documents,
-                seed=asked.seed,
-                dtype=dtype,
-                chunk_tokens=asked.chunk_tokens,
-                hf_overrides=asked.hf_overrides,
-                repeat=repeat,
-            ),
+            afterwards,
             chosen.methods,
             results,
             longest=max(asked.lengths),

@@ -14,15 +14,15 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from vllm_sparse_backend import __version__
+from vllm_sparse_backend.calibrate.sources import core_digest, digest, made_of
 from vllm_sparse_backend.compare.methods import KEEP_ALL, SALE_PAPER, Method, Setting
 from vllm_sparse_backend.compare.results import MethodResult, Perplexity, Point
 from vllm_sparse_backend.compare.run import NAME
-from vllm_sparse_backend.compare.sources import core_digest, source_digest
-from vllm_sparse_backend.compare.store import PERPLEXITY, Store, digest
+from vllm_sparse_backend.compare.store import PERPLEXITY, Store
 from vllm_sparse_backend.compare.verdict import nearest
 from vllm_sparse_backend.demo.plan import Facts
 from vllm_sparse_backend.evaluate.kept import DenseReadings
-from vllm_sparse_backend.evaluate.plan import Wanted, make_plan
+from vllm_sparse_backend.evaluate.plan import Plan, Wanted, make_plan
 from vllm_sparse_backend.evaluate.results import Evaluation
 from vllm_sparse_backend.evaluate.run import run
 from vllm_sparse_backend.selection import UNIFORM_DEFAULT, label
@@ -76,6 +76,25 @@ def chosen(method: Method, result: MethodResult, length: int, error: float, coun
     return names | {its.setting for its in about(result.of_length(length), error, count)}
 
 
+def plan_of(wanted: EndToEnd, config: dict[str, Any]) -> Plan:
+    """What is read under one configuration, the section sparse_prefill. Raises as `make_plan`."""
+    return make_plan(
+        wanted.model,
+        wanted.facts,
+        wanted.streams,
+        Wanted(
+            tasks=wanted.tasks,
+            lengths=(wanted.length,),
+            documents=wanted.documents,
+            seed=wanted.seed,
+            dtype=wanted.dtype,
+            chunk_tokens=wanted.chunk_tokens,
+            hf_overrides=wanted.hf_overrides,
+            sparse_config=config,
+        ),
+    )
+
+
 def evaluated(
     wanted: EndToEnd,
     methods: Sequence[Method],
@@ -115,25 +134,10 @@ def _evaluated(
     else:
         config = {"profile": str(profile.resolve())}
         identity = setting.digest
-    plan = make_plan(
-        wanted.model,
-        wanted.facts,
-        wanted.streams,
-        Wanted(
-            tasks=wanted.tasks,
-            lengths=(wanted.length,),
-            documents=wanted.documents,
-            seed=wanted.seed,
-            dtype=wanted.dtype,
-            chunk_tokens=wanted.chunk_tokens,
-            hf_overrides=wanted.hf_overrides,
-            sparse_config=config,
-        ),
-    )
+    plan = plan_of(wanted, config)
     tokens = [item.token_ids for _, batch in plan.batches for item in batch.items]
-    sources = sorted({source_digest(type(policy)) for policy in setting.kinds()})
-    identities = [__version__, plan.options.identity(), identity, sources, core_digest()]
-    key = digest([*identities, tokens])
+    identities = [__version__, plan.options.identity(), identity, made_of(setting.kinds())]
+    key = digest([*identities, core_digest(), tokens])
     name = f"{setting.kind}-{digest([wanted.length, identity])[:NAME]}"
     kept = store.load(PERPLEXITY, name, key, _Rows)
     if kept is None:

@@ -14,13 +14,13 @@ from vllm_sparse_backend import __version__
 from vllm_sparse_backend.calibrate.candidates import why_unusable
 from vllm_sparse_backend.calibrate.documents import Document
 from vllm_sparse_backend.calibrate.run import Model
+from vllm_sparse_backend.calibrate.sources import core_digest, digest, made_of
 from vllm_sparse_backend.compare.capture import capture
 from vllm_sparse_backend.compare.measure import Bench, How, Measured
 from vllm_sparse_backend.compare.methods import Chosen, Method, Setting
 from vllm_sparse_backend.compare.results import MethodResult, Point
 from vllm_sparse_backend.compare.rounds import spoiled, usual
-from vllm_sparse_backend.compare.sources import core_digest, source_digest
-from vllm_sparse_backend.compare.store import POINTS, Store, digest
+from vllm_sparse_backend.compare.store import POINTS, Store
 from vllm_sparse_backend.offline import EngineOptions
 from vllm_sparse_backend.ops.cpu import core
 from vllm_sparse_backend.profile import ModelFacts
@@ -189,7 +189,7 @@ def _cell(wanted: Wanted, document: Document, layer: int) -> Cell:
 
     def job(setting: Setting) -> Job:
         identity = setting.identity(layer, heads)
-        sources = sorted({source_digest(type(its)) for its in setting.rows(layer, heads)})
+        sources = made_of(setting.rows(layer, heads))
         name = f"{document.name}-{layer}-{setting.kind}-{digest(identity)[:NAME]}"
         return Job(setting, name, digest([*decides, identity, sources]))
 

@@ -9,8 +9,6 @@ same options, which a key in it says.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -43,11 +41,6 @@ class _Read(BaseModel):
     scale: float
 
 
-def digest(decides: Any) -> str:
-    """A key of all that a result depends on."""
-    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
-
-
 class Store:
     """The folder of one comparison."""
 
@@ -77,7 +70,13 @@ class Store:
 
         tensors = {"q": layer.q, "k": layer.k, "v": layer.v}
         tensors = {each: x.contiguous() for each, x in tensors.items()}
-        self._write(self._chunk(name, start), lambda path: save_file(tensors, path))
+
+        def write(path: Path) -> None:
+            # Of what was read before no chunk may count once one of them is another's.
+            self._path(CAPTURED, name).unlink(missing_ok=True)
+            save_file(tensors, path)
+
+        self._write(self._chunk(name, start), write)
 
     def close_layer(self, name: str, key: str, starts: list[int], scale: float) -> None:
         """All chunks are there."""

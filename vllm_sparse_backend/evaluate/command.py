@@ -141,6 +141,7 @@ def evaluate_(
       130  interrupted
     """
     with errors_named():
+        from vllm_sparse_backend.config import refuse_overrides
         from vllm_sparse_backend.demo.machine import fast_dtype
         from vllm_sparse_backend.evaluate.plan import Wanted
 
@@ -156,6 +157,7 @@ def evaluate_(
                 profile, json_object(policy, "--policy"), min_prompt_tokens, min_query_tokens
             ),
         )
+        refuse_overrides(wanted.sparse_config)
         plan = _plan(model, text or [], wanted)
         # vLLM writes its log to stdout, which is the results'.
         with contextlib.redirect_stdout(sys.stderr):

@@ -1,6 +1,7 @@
 """Dense readings of an earlier evaluation in the same folder: no profile changes them.
 
-A document counts as read only under the same model, engine options and tokens, which a key says.
+A document counts as read only under the same model, engine options and tokens, which a key says;
+one with questions, whose first token is timed, on the same machine with as many threads as well.
 What the sparse side reads is never kept: it changes with every profile and every kernel.
 """
 
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from vllm_sparse_backend.demo.machine import this_machine
 from vllm_sparse_backend.evaluate.readings import Reading
 from vllm_sparse_backend.offline import EngineOptions
 from vllm_sparse_backend.tasks.items import Item
@@ -30,6 +32,7 @@ class DenseReadings:
 
     def __init__(self, folder: Path, options: EngineOptions) -> None:
         self._folder, self._options = folder, options
+        self._machine = this_machine().model_dump(mode="json")
 
     def load(self, name: str, item: Item) -> Reading | None:
         """What was read of `item`, if it was."""
@@ -50,6 +53,10 @@ class DenseReadings:
     def _key(self, item: Item) -> str:
         asked = [question.token_ids for question in item.questions]
         decides = [self._options.identity(), item.token_ids, asked, item.scored]
+        if item.scored is None:  # its time to the first token is of these, too
+            import torch
+
+            decides += [self._machine, torch.get_num_threads()]
         return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
 
     def _path(self, name: str) -> Path:

@@ -176,8 +176,16 @@ class Evaluation(_Record):
     seed: int
     repeat: str  # the command that made this
     rows: tuple[Row, ...]
-    dense_kept: int = 0  # documents whose dense side, and so its times, are of an earlier run
+    dense_kept: int = 0  # documents whose dense side is of an earlier run
+    dense_times_kept: int = 0  # of these, those that were timed: same machine, as many threads
     seconds: float  # the whole run
+
+    def dense_times(self) -> str:
+        """What is to be said beside a ratio of times; "" where both sides are of this run."""
+        if not self.dense_times_kept:
+            return ""
+        every = sum(len(row.dense_ttft) for row in self.rows)
+        return f"{self.dense_times_kept} of {every} dense times are of an earlier run"
 
     def losses(self) -> list[str]:
         """What sparse prefill lost against dense, one line each; empty if nothing."""

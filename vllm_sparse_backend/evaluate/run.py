@@ -52,11 +52,12 @@ def run(plan: Plan, repeat: str, kept: DenseReadings) -> Evaluation:
             served = _served(llm)
             sparse = list(_readings(plan, llm, "sparse", advance))
         documents = [document for its in plan.batches for document in _named(*its)]
-        known = sum(kept.load(*document) is not None for document in documents)
+        earlier = [found for its in documents if (found := kept.load(*its)) is not None]
+        known, timed = len(earlier), sum(found.ttft is not None for found in earlier)
         if known:
             note(
                 f"dense: {known} of {len(documents)} documents were read for an earlier "
-                "evaluation; their times are of then"
+                f"evaluation{'; their times are of then' if timed else ''}"
             )
         if known == len(documents):
             dense = list(_readings(plan, None, "dense", advance, kept))
@@ -88,6 +89,7 @@ def run(plan: Plan, repeat: str, kept: DenseReadings) -> Evaluation:
         repeat=repeat,
         rows=tuple(rows),
         dense_kept=known,
+        dense_times_kept=timed,
         seconds=time.perf_counter() - started,
     )
 

@@ -30,6 +30,8 @@ def show(evaluation: Evaluation, console: Console) -> None:
     asked = [row for row in evaluation.rows if row.retrieval is not None]
     if asked:
         console.print(_table("right answers", ASKED, map(_asked, asked)))
+        if said := evaluation.dense_times():
+            console.print(f"TTFT: {said}", markup=False, soft_wrap=True)
     for task in dict.fromkeys(row.task for row in asked):
         console.print(_grid(task, evaluation.grid(task)))
     scored = [row for row in evaluation.rows if row.likelihood is not None]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated
 
@@ -58,7 +60,11 @@ def fit_gates(
       2    it did not run, or could not be finished; the message says why
       130  interrupted
     """
-    with errors_named("interrupted; nothing is written"):
+    # vLLM writes its log to stdout, which is the results'.
+    with redirect_stdout(sys.stderr), errors_named("interrupted; nothing is written"):
+        from vllm_sparse_backend.config import refuse_overrides
+
+        refuse_overrides()
         from transformers import AutoTokenizer
 
         from vllm_sparse_backend.calibrate.documents import make_documents

@@ -15,6 +15,12 @@ if TYPE_CHECKING:
 WIDTH = 7.6
 KEEP_ALL = "#4a7fb5"
 SELECTORS = {"sale": "#d9602b", "mass": "#3c8d53", "static": "#4a7fb5"}
+# The rules whose budget is an error such as the curves', and of what it is.
+BUDGET_OF = {
+    "head": "each head",
+    "global": "the mean of all heads",
+    "loss": "the mean of all heads, which the model's loss has a part in",
+}
 OTHERS = ("#8a5fb0", "#a0792f", "#8a8f98")
 
 
@@ -48,7 +54,8 @@ def curves_figure(measurement: Measurement) -> Figure:
                     point.density, point.error, "*", color=INK, markersize=12, label="the profile",
                     linestyle="none",
                 )  # fmt: skip
-            axes.axhline(measurement.budget, color=INK, alpha=0.5, linewidth=0.8, linestyle=":")
+            if measurement.rule in BUDGET_OF:
+                axes.axhline(measurement.budget, color=INK, alpha=0.5, linewidth=0.8, linestyle=":")
             axes.set_title(f"{length:,} tokens")
             axes.set_xlim(0, 1)
             axes.set_ylim(0, None)

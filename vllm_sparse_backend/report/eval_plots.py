@@ -73,28 +73,33 @@ def needles_figure(evaluations: Sequence[Evaluation], task: str) -> Figure:
         return figure
 
 
-def perplexity_rows(evaluations: Sequence[Evaluation]) -> list[Row]:
-    """Those with a perplexity by position: of each text the longest."""
-    found: dict[str, Row] = {}
-    for evaluation in evaluations:
+def perplexity_rows(evaluations: Sequence[Evaluation]) -> list[tuple[str, Row]]:
+    """Those with a perplexity by position: of each evaluation, task and text the longest, each
+    with its title."""
+    found: dict[tuple[int, str, str], Row] = {}
+    for number, evaluation in enumerate(evaluations, 1):
         for row in evaluation.rows:
             if row.likelihood and row.likelihood.buckets:
-                before = found.get(row.text)
+                before = found.get(place := (number, row.task, row.text))
                 if before is None or row.length > before.length:
-                    found[row.text] = row
-    return list(found.values())
+                    found[place] = row
+    several = len(evaluations) > 1
+    return [
+        (f"{row.name} [{number}]" if several else row.name, row)
+        for (number, _, _), row in found.items()
+    ]
 
 
-def perplexity_figure(rows: Sequence[Row]) -> Figure:
-    """For each text, the perplexity of the tokens around each position, dense and sparse, and
-    beside it by how much they differ."""
+def perplexity_figure(rows: Sequence[tuple[str, Row]]) -> Figure:
+    """For each row, under its title, the perplexity of the tokens around each position, dense and
+    sparse, and beside it by how much they differ."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     with rc_context(look("perplexity")):
         figure = Figure(figsize=(WIDTH, 0.4 + 2.4 * len(rows)), layout="constrained")
         panels = figure.subplots(len(rows), 2, squeeze=False)
-        for (both, change), row in zip(panels, rows, strict=True):
+        for (both, change), (title, row) in zip(panels, rows, strict=True):
             assert row.likelihood is not None
             buckets = row.likelihood.buckets
             middle = [(bucket.first + bucket.last) / 2 for bucket in buckets]
@@ -116,7 +121,7 @@ def perplexity_figure(rows: Sequence[Row]) -> Figure:
             change.axhline(PERPLEXITY_LOSS, color=INK, alpha=0.5, linewidth=0.8, linestyle=":")
             both.set_ylabel("perplexity")
             change.set_ylabel("change, %")
-            both.set_title(row.name)
+            both.set_title(title)
             for axes in (both, change):
                 axes.set_xlim(0, row.length)
                 _token_axis(axes, "position in the prompt (tokens)")

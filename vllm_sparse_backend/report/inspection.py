@@ -97,6 +97,9 @@ def inspect(
         else:
             if text is None:
                 raise Refused("--attention: want --text FILE as well")
+            from vllm_sparse_backend.config import refuse_overrides
+
+            refuse_overrides()
             overrides = json_object(hf_overrides, "--hf-overrides")
             _inspect_attention(
                 loaded, attention, text, model, output, json, length, dtype, overrides

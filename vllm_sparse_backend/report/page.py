@@ -49,6 +49,7 @@ def render_html(inputs: Inputs) -> str:
         profile_file=inputs.profile_file,
         inspection=inspection,
         measurement=measurement,
+        budget_of=measurement and calibration_plots.BUDGET_OF.get(measurement.rule),
         why_no_measurement=inputs.found.why_not,
         evaluations=evaluations,
         losses=[line for evaluation in evaluations for line in evaluation.losses()],

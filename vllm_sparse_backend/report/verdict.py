@@ -55,8 +55,8 @@ def verdict(measurement: Measurement | None, evaluations: Sequence[Evaluation]) 
         if measurement is None:
             return "Neither measured nor evaluated: only the policies are known."
         return (
-            f"Calibrated, not evaluated: errors of single heads are known (budget "
-            f"{measurement.budget:g}), what they do to answers is not."
+            f"Calibrated, not evaluated: errors of single heads are known (rule "
+            f"{measurement.rule}, budget {measurement.budget:g}), what they do to answers is not."
         )
     rows = [row for evaluation in evaluations for row in evaluation.rows]
     lost = sum(row.retrieval.lost for row in rows if row.retrieval)
@@ -84,16 +84,16 @@ def verdict(measurement: Measurement | None, evaluations: Sequence[Evaluation]) 
 
 
 def _speed(evaluations: Sequence[Evaluation]) -> str:
-    longest = max(
-        (known[-1] for evaluation in evaluations if (known := times(evaluation))),
-        key=lambda found: found.length,
-        default=None,
+    longest, said = max(
+        ((known[-1], its.dense_times()) for its in evaluations if (known := times(its))),
+        key=lambda found: found[0].length,
+        default=(None, ""),
     )
     if longest is None:
         return ""
     return (
         f" At {longest.length:,} tokens the first token comes {longest.ratio:.2f} times as fast "
-        f"({longest.dense:.1f} s dense, {longest.sparse:.1f} s sparse)."
+        f"({longest.dense:.1f} s dense, {longest.sparse:.1f} s sparse{said and f'; {said}'})."
     )
 
 
@@ -107,10 +107,9 @@ def headline(
     figures = []
     for evaluation in evaluations:
         if known := times(evaluation):
-            last = known[-1]
-            figures.append(
-                Figure(f"{last.ratio:.2f}×", f"TTFT, dense / sparse at {last.length:,} tokens")
-            )
+            last, said = known[-1], evaluation.dense_times()
+            what = f"TTFT, dense / sparse at {last.length:,} tokens{said and f'; {said}'}"
+            figures.append(Figure(f"{last.ratio:.2f}×", what))
     rows = [row for evaluation in evaluations for row in evaluation.rows]
     right = sum(row.retrieval.dense_right for row in rows if row.retrieval)
     if right:

@@ -60,6 +60,11 @@ class ListSelector(Windowed, ABC):
         """
         return (cls(),)  # type: ignore[call-arg]  # a subclass gives its name a default
 
+    def files(self) -> tuple[str, ...]:
+        """Paths of the files that it chooses with: what was measured with other contents of them is
+        measured anew."""
+        return ()
+
     def scaled(self, factor: float) -> Self | None:
         """The policy with its threshold multiplied: what a request's ``threshold_scale`` asks for.
 

@@ -47,6 +47,10 @@ class Seer(ListSelector):
         shares = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05)
         return tuple(cls(threshold=threshold) for threshold in shares)
 
+    def files(self) -> tuple[str, ...]:
+        """The gates."""
+        return (self.gates,)
+
     def scaled(self, factor: float) -> Self:
         """With that multiple of the threshold."""
         return self.model_copy(update={"threshold": min(1.0, self.threshold * factor)})
