@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-    from vllm_sparse_backend import compat_requests
+    from vllm_sparse_backend import compat_admission
 
 logger = logging.getLogger("vllm.sparse_prefill")
 
@@ -36,10 +36,10 @@ def registered_member() -> Any:
     A front end may have its configuration from another process, and be told of no start: Ray's
     replicas on GPUs.
     """
-    from vllm_sparse_backend import compat, compat_requests
+    from vllm_sparse_backend import compat, compat_admission
 
     _register()
-    compat_requests.admit_requests(_admission)
+    compat_admission.admit_requests(_admission)
     return compat.backend_member()
 
 
@@ -52,14 +52,14 @@ def _register() -> None:
 
 
 def _on_start(vllm_config: VllmConfig) -> None:
-    from vllm_sparse_backend import compat_requests
+    from vllm_sparse_backend import compat_admission
     from vllm_sparse_backend.backend.start import check
 
     check(vllm_config)
-    compat_requests.admit_requests(_admission)
+    compat_admission.admit_requests(_admission)
 
 
-def _admission(vllm_config: VllmConfig) -> compat_requests.Admission:
+def _admission(vllm_config: VllmConfig) -> compat_admission.Admission:
     from vllm_sparse_backend.backend.admission import Admission
     from vllm_sparse_backend.backend.start import check
 
