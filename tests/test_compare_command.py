@@ -272,6 +272,10 @@ def test_a_policy_joins_its_ladder_or_is_a_method_of_its_own() -> None:
     strides = [its.policy.stride for its in found["strided"].settings]  # type: ignore[union-attr]
     assert sorted(strides) == sorted({5, *(its.stride for its in Strided.ladder())})
     assert len(found["mass"].settings) == len(choose("mass").methods[3].settings)
+    # A wider window is not somebody else's rule; every row scored is SALE's.
+    assert found["sale, local 768"].own
+    theirs = choose("sale", [SALE_PAPER.model_copy(update={"sink": 16})]).methods[-1]
+    assert "sink 16" in theirs.name and not theirs.own
 
 
 def test_a_policy_without_its_main_parameter_is_a_ladder() -> None:

@@ -216,7 +216,12 @@ def _add(chosen: Chosen, policy: AnyPolicy) -> None:
             new = tuple(setting for setting in settings if setting not in method.settings)
             chosen.methods[place] = replace(method, settings=method.settings + new)
             return
-    chosen.methods.append(Method(name, "asked for with --policy", settings))
+    chosen.methods.append(Method(name, "asked for with --policy", settings, own=_is_own(policy)))
+
+
+def _is_own(policy: AnyPolicy) -> bool:
+    """Whether the rule and its granularity are this package's: SALE scores every row."""
+    return isinstance(policy, Mass) or (isinstance(policy, Sale) and policy.row_stride > 1)
 
 
 def _asked_for(policy: AnyPolicy) -> list[AnyPolicy]:
