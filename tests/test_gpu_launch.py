@@ -24,6 +24,7 @@ def test_every_layer_has_a_launch(arch: str) -> None:
         how = launch(arch, head_dim, group, dtype)
         assert group % how.share == 0
         assert 1 <= how.share <= MOST_SHARED
+        assert not how.attend_repeat or padded(head_dim) != head_dim
         for shape in (how.keys, how.anchor, how.score, how.compact, how.attend):
             for number in (shape.block, shape.warps):
                 assert number == padded(number), f"{number} is no power of two"

@@ -20,6 +20,7 @@ from _attention import (
 
 from vllm_sparse_backend.ops import PolicyTable, select_tiles, sparse_attention
 from vllm_sparse_backend.ops.triton import run as launches
+from vllm_sparse_backend.ops.triton.launch import launch
 from vllm_sparse_backend.selection import DENSE, AnyPolicy, Sale, Static
 
 MIXED: list[AnyPolicy] = [
@@ -42,6 +43,27 @@ def test_every_other_head_dim(dim: int) -> None:
     qkv = make_qkv(dim, 33, 65, 1, 1, dim)
     out, _ = run(make_paged([qkv], "strided", 32), DENSE, "triton")
     assert_accurate(out, qkv, causal_mask(33, 65))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [80, 96, 112, 192])
+def test_channels_that_are_read_twice_count_once(
+    dtype: torch.dtype, dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arch = "sm_120" if dtype == torch.float32 else "gfx942"
+    monkeypatch.setattr(launches, "architecture", lambda: arch)
+    assert launch(arch, dim, 1, dtype).attend_repeat
+    q, k, v = make_qkv(dim, 33, 100, 1, 1, dim, dtype)
+    out, _ = run(make_paged([(q, k, v)], "strided", 16), DENSE, "triton")
+    assert_accurate(out, (q, k, v), causal_mask(33, 100))
+    # A key whose score is -inf has no weight, wherever its channel and its product are.
+    for at, channel in ((5, 0), (40, dim - 1), (66, dim // 2)):
+        q[:, :, channel], k[at, :, channel] = 1, -torch.inf
+    out, _ = run(make_paged([(q, k, v)], "strided", 16), DENSE, "triton")
+    seen = causal_mask(33, 100)
+    seen[..., [5, 40, 66]] = False
+    k[[5, 40, 66]] = 0
+    assert_accurate(out, (q, k, v), seen)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (3, 1), (4, 2), (7, 1), (8, 1)])

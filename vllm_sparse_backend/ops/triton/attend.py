@@ -17,13 +17,13 @@ from vllm_sparse_backend.ops.triton.score import LOG2_E
 def _update(
     best, total, acc, q, cache_rows, key, position, end, count, offset, unit, channel,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-    MASKED: tl.constexpr,
+    REPEAT: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """The online softmax over one product's keys. ``unit``: scale in units of log2.
 
     Of fp32 the products are exact ("ieee"), of 16 bits they are either way.
     """
-    if BLOCK_D == D:
+    if BLOCK_D == D or REPEAT:
         k = tl.load(cache_rows[:, None] + channel[None, :])  # [N, D]
     else:
         k = tl.load(cache_rows[:, None] + channel[None, :], mask=(channel < D)[None, :], other=0.0)
@@ -39,7 +39,7 @@ def _update(
     if MASKED:
         # Behind the sequence's end a page holds anything, and 0 times a NaN is none.
         v = tl.load(v_at, mask=(channel < D)[None, :] & (key < end)[:, None], other=0.0)
-    elif BLOCK_D == D:
+    elif BLOCK_D == D or REPEAT:
         v = tl.load(v_at)
     else:
         v = tl.load(v_at, mask=(channel < D)[None, :], other=0.0)
@@ -75,13 +75,14 @@ def attend_tiles(
     stride_q_token, stride_q_head, stride_out_token, stride_out_head,
     stride_block, stride_head, stride_token, stride_table,
     HEADS: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, REPEAT: tl.constexpr,
 ):  # fmt: skip
     """One program: one q block of 64 rows of one q head, over its own list.
 
     ``lists`` int32 [b, Hq, capacity] and ``counts`` [b, Hq] as `compact_tiles` leaves them; b
     counts from ``first_block``. The list's last subtiles are the diagonal ones, and only in them,
-    and in what is left over of the last whole product, does any key have to be masked.
+    and in what is left over of the last whole product, does any key have to be masked. REPEAT: the
+    last BLOCK_D - D channels are read once more, in place of a mask over as many that pad them.
     """
     here, head = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64)
     at = blocks + (first_block + here) * 8
@@ -96,13 +97,20 @@ def attend_tiles(
 
     position = start + tl.arange(0, 64)
     channel = tl.arange(0, BLOCK_D)
+    read = channel
+    if REPEAT:
+        read = tl.where(channel < D, channel, channel - (BLOCK_D - D))
+        read = tl.max_contiguous(tl.multiple_of(read, 8), 8)
     present = (position >= first) & (position < end)
     wide = present[:, None] & (channel < D)[None, :]
     row_at = (query_row + position - first).to(tl.int64)
     queries = tl.load(
-        q + (row_at * stride_q_token + head * stride_q_head)[:, None] + channel[None, :],
-        mask=wide, other=0.0,
+        q + (row_at * stride_q_token + head * stride_q_head)[:, None] + read[None, :],
+        mask=present[:, None] if REPEAT else wide, other=0.0,
     )  # fmt: skip
+    if REPEAT:  # what is read twice counts half each time; a zero would make of a key's inf a NaN
+        part = tl.where(read < 2 * D - BLOCK_D, 1.0, 0.5)
+        queries = (queries * part[None, :]).to(queries.dtype)
     unit = scale * LOG2_E
 
     pages = block_table + request * stride_table
@@ -115,15 +123,15 @@ def attend_tiles(
         rows = cache_head + _offset(place, stride_block, stride_token, PAGE)
         _, place = _place(list_at, pages, (i + 1) * N, count, PAGE, BLOCK_N)
         best, total, acc = _update(
-            best, total, acc, queries, rows, key, position, end, count, i * N, unit, channel,
-            D, BLOCK_D, BLOCK_N, False,
+            best, total, acc, queries, rows, key, position, end, count, i * N, unit, read,
+            D, BLOCK_D, BLOCK_N, REPEAT, False,
         )  # fmt: skip
     for i in range(whole, tl.cdiv(count, N)):
         key, place = _place(list_at, pages, i * N, count, PAGE, BLOCK_N)
         rows = cache_head + _offset(place, stride_block, stride_token, PAGE)
         best, total, acc = _update(
-            best, total, acc, queries, rows, key, position, end, count, i * N, unit, channel,
-            D, BLOCK_D, BLOCK_N, True,
+            best, total, acc, queries, rows, key, position, end, count, i * N, unit, read,
+            D, BLOCK_D, BLOCK_N, REPEAT, True,
         )  # fmt: skip
     acc = acc / total[:, None]
     out_at = out + (row_at * stride_out_token + head * stride_out_head)[:, None] + channel[None, :]

@@ -40,6 +40,7 @@ class Launch:
     score: Shape
     compact: Shape  # block: subtiles at a time
     attend: Shape
+    attend_repeat: bool  # real channels are read once more in place of those that pad head_dim
     score_words: int  # words of 512 keys that one `score_tiles` program scans
     score_parts: int  # in which the keys of a subtile lie in a product of its; see there
     score_together: int  # `anchor_rows` programs whose rows one `score_tiles` program scores
@@ -63,14 +64,29 @@ _ATTEND: Final = {
 # Where one instruction multiplies the codes of 64 rows or more, 128 keys take fewer for each; never
 # fewer than 64, since that is the largest tile.
 _SCORE: Final = {arch: Shape(128, 4, 3) for arch in ("sm_90", "sm_100")}
+# Of 256 channels four warps' registers do not hold 128 rows, and two stages leave room for another
+# block.
+_SCORE_256: Final = {
+    "sm_86": Shape(64, 4, 2), "sm_89": Shape(64, 4, 2), "sm_90": Shape(128, 8, 2),
+}  # fmt: skip
 # Rows of different q blocks are scored together until there are so many: a product then costs less
 # for each. A fifth-generation matrix unit does 128 rows in the time of 64; on sm_90 the keys' codes
 # are loaded once for twice the rows.
 _SCORE_ROWS: Final = {"sm_90": 128, "sm_100": 128}
 # sm_103 has no such instruction for integers, and its registers do not hold eight heads' rows.
 _MOST_SHARED: Final = {"sm_103": 4}
-# float32 has no matrix units (TF32 would not be float32), and its products take the registers.
-_ATTEND_FLOAT32: Final = {64: Shape(16, 8, 1), 128: Shape(16, 16, 1), 256: Shape(16, 16, 1)}
+# float32 has no matrix units on NVIDIA (TF32 would not be float32), and its products take the
+# registers. On AMD a thread has 256 of them with 8 waves, with 16 half as many; for sm_120 the
+# compiler makes do with 64 of them, and a few words of memory, for 8 warps and 16 keys.
+_FLOAT32: Final = {64: Shape(16, 8, 1), 128: Shape(16, 16, 1), 256: Shape(16, 16, 1)}
+_FLOAT32_AMD: Final = {64: Shape(16, 8, 1), 128: Shape(16, 8, 1), 256: Shape(16, 8, 1)}
+_ATTEND_FLOAT32: Final = {
+    "sm_120": {**_FLOAT32, 64: Shape(32, 16, 1)}, "gfx942": _FLOAT32_AMD, "gfx950": _FLOAT32_AMD,
+}  # fmt: skip
+# Where head_dim is padded, a masked load is a branch on AMD, behind which nobody knows how many are
+# under way, so that all are waited for; in float32 on sm_120 it takes the last registers.
+_REPEAT: Final = ("gfx942", "gfx950")
+_REPEAT_FLOAT32: Final = ("sm_120",)
 
 
 def share_of(group: int, most: int = MOST_SHARED) -> int:
@@ -95,18 +111,21 @@ def launch(arch: str, head_dim: int, group: int, dtype: torch.dtype) -> Launch:
     rows = 16 * padded(share)
     if full:
         anchor = Shape(16, 8, 1)
-    elif width == 256:
-        anchor = Shape(16, 8 if rows == 64 else 4, 1)
+    elif width == 256:  # 8 warps, for which sm_120's compiler makes do with too few registers
+        anchor = Shape(16, 8 if rows == 64 and arch != "sm_120" else 4, 1)
     else:
         anchor = Shape(width // 2, 8 if rows == 128 else 4, 1)
     score = _SCORE.get(arch, Shape(64, 4, 3))
+    if head_dim == 256:
+        score = _SCORE_256.get(arch, score)
     together = max(1, _SCORE_ROWS.get(arch, 64) // rows)
     return Launch(
         keys=Shape(KEY_CHUNK, 8 if width == 256 else 4, 1),
         anchor=anchor,
         score=score,
         compact=Shape(1024, 4, 1),
-        attend=(_ATTEND_FLOAT32 if full else _ATTEND[arch])[width],
+        attend=(_ATTEND_FLOAT32.get(arch, _FLOAT32) if full else _ATTEND[arch])[width],
+        attend_repeat=width != head_dim and arch in (_REPEAT_FLOAT32 if full else _REPEAT),
         score_words=4,
         score_parts=_parts(arch, score.block),
         score_together=together,

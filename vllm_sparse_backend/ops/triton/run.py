@@ -261,5 +261,5 @@ def _attend(
         call.scale, first, lists.shape[2],
         *call.q.stride()[:2], *out.stride()[:2], *call.cache_strides,
         HEADS=call.num_heads, GROUP=call.group, BLOCK_N=call.how.attend.block,
-        **call.paged, **_options(call.how.attend),
+        REPEAT=call.how.attend_repeat, **call.paged, **_options(call.how.attend),
     )  # fmt: skip

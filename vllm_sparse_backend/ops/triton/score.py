@@ -235,6 +235,9 @@ def score_tiles(
     places = key_lane[None, :] * D + channel[:, None]
     # What a key's product must exceed, in units of its step. Where a row is all zeros, any or none.
     least = tl.div_rn(-bias, slope)
+    if HAS_MASS:
+        # Where an input was not finite, a step or a row's bias is NaN; then a product's unit is.
+        slope = tl.where((slope >= 0) & (bias == bias), slope, float("nan"))
     flag = (1 << tl.arange(0, N))[None, :]
     for word in range(first_word, last_word):
         bits = tl.zeros([ROWS, N], tl.int32)
@@ -262,8 +265,7 @@ def score_tiles(
                     quad = _repeat(quad, ROWS, N // 4, 4)
                     wide = tl.where(row_tile[:, None] == 32, pair, quad)
                     mass = tl.where(row_tile[:, None] == 16, mass, wide)
-                # Where an input was not finite, a group's unit or a row's bias is NaN.
-                unknown = ~((unit >= 0) & (unit < float("inf")) & (bias == bias)[:, None])
+                unknown = ~(unit < float("inf"))
                 keep = tl.where(kind[:, None] == MASS, (mass > 1) | unknown, keep)
             bits = bits * (1 << N) + tl.where(keep, flag, 0)
         bits = tl.reduce(bits, 1, _either)
