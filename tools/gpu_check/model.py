@@ -32,7 +32,7 @@ KEPT: Final = f"in chunks of {CHUNK}, codes kept"
 CHUNKS: Final = {f"in chunks of {CHUNK}": CHUNK, KEPT: CHUNK, "whole": 1 << 30}
 # docs/limits.md, the default policy: SmolLM2's layers on real text up to 16K, generated input for a
 # Llama layer from there on.
-DENSITY: Final = {8192: 0.305, 16384: 0.274, 32768: 0.063, 65536: 0.059, 131072: 0.053}
+DENSITY: Final = {8192: 0.305, 16384: 0.274, 32768: 0.077, 65536: 0.059, 131072: 0.052}
 PHASES: Final = ("quantize", "anchor", "score", "compact", "attend")
 DOCS = Path(__file__).parents[2] / "docs"
 
