@@ -25,7 +25,7 @@ from vllm_sparse_backend.calibrate.parts import SENSITIVITY, PartsFolder
 from vllm_sparse_backend.calibrate.record import Recorder
 from vllm_sparse_backend.calibrate.results import Measurement, measurement_of, parts_of
 from vllm_sparse_backend.calibrate.rules import Choice, Rule, choose
-from vllm_sparse_backend.calibrate.sources import digest, made_of
+from vllm_sparse_backend.calibrate.sources import core_digest, digest, made_of
 from vllm_sparse_backend.calibrate.summary import choosing, profile_of, summary_of
 from vllm_sparse_backend.calibrate.table import Floats, Part, Table, relative_cost, tabulate
 from vllm_sparse_backend.config import SparseConfig
@@ -243,7 +243,8 @@ def _key(wanted: Wanted, model: Model, document: Document, followed: str) -> str
     }
     listed = [policy for ladder in wanted.ladders if ladder.listed for policy in ladder.settings]
     if listed:  # their times are measured, too, by the core and the threads that there are
-        decides["listed"] = [made_of(listed), core.active_isa(), get_num_threads()]
+        its = [made_of(listed), core_digest(), core.active_isa(), get_num_threads()]
+        decides["listed"] = its
     return digest(decides)
 
 
