@@ -11,7 +11,9 @@ import torch
 
 from vllm_sparse_backend.ops import AttentionStats, TileList, paged_sparse_attention
 from vllm_sparse_backend.ops.layout import pack
+from vllm_sparse_backend.selection import Bits
 
+BITS: tuple[Bits, ...] = (4, 6, 8, "fp4")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
 CANARY = 12345.0

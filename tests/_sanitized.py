@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from _attention import (
+    BITS,
     DTYPES,
     HEAD_DIMS,
     Paged,
@@ -48,12 +49,12 @@ POLICIES: list[AnyPolicy] = [  # six heads; more of those that score: MORE
     DENSE,
     Static(sink=5, local=20, growth=0.1, tile=64),
     scored(Sale, bits=4, tile=64, row_stride=8),
-    scored(Mass, bits=4, tile=16, row_stride=2, tail=0),
+    scored(Mass, bits="fp4", tile=16, row_stride=2, tail=0),
 ]
 MORE = [
     scored(selector, bits=bits, tile=tile, row_stride=stride, tail=0)  # type: ignore[arg-type]
     for (selector, bits, tile), stride in zip(
-        itertools.product((Sale, Mass), (4, 6, 8), (16, 32, 64)),
+        itertools.product((Sale, Mass), BITS, (16, 32, 64)),
         itertools.cycle((1, 4, 2, 8)),
         strict=False,
     )

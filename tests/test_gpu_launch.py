@@ -13,6 +13,7 @@ from vllm_sparse_backend.ops.triton.launch import (
     HEAD_DIMS,
     MOST_SHARED,
     launch,
+    packs,
     padded,
     share_of,
 )
@@ -31,7 +32,11 @@ def test_every_layer_has_a_launch(arch: str) -> None:
             assert shape.stages >= 1
         # A product is of whole subtiles, and a word of 512 keys of whole products.
         assert how.attend.block % 16 == how.anchor.block % 16 == how.score.block % 16 == 0
-        assert 512 % how.score.block == 0
+        for score in (how.score, how.score_packed):
+            if score is not None:
+                assert 512 % score.block == score.block % (16 * score.parts) % 16 == 0
+        assert packs(arch, "fp4") is (how.score_packed is not None)
+        assert not packs(arch, 4)
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,21 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from _attention import DTYPES, assert_accurate, causal_mask, make_paged, make_qkv, needs_core, run
+from _attention import (
+    BITS,
+    DTYPES,
+    assert_accurate,
+    causal_mask,
+    make_paged,
+    make_qkv,
+    needs_core,
+    run,
+)
 from _tiles import assert_same_tiles
 
 from vllm_sparse_backend.ops import select_tiles
 from vllm_sparse_backend.ops.cpu import build, core
-from vllm_sparse_backend.selection import DENSE, Mass, Sale
+from vllm_sparse_backend.selection import DENSE, Bits, Mass, Sale
 
 ISAS = [isa.name for isa in build.instruction_sets()]
 
@@ -58,8 +67,8 @@ def test_keeping_all_is_dense_attention(isa: str, dim: int, dtype: torch.dtype) 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("bits", [4, 6, 8])
-def test_the_tiles_are_the_reference_s(isa: str, bits: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("bits", BITS)
+def test_the_tiles_are_the_reference_s(isa: str, bits: Bits, dtype: torch.dtype) -> None:
     policies = [
         selector(sink=16, local=16, tau=0.03, bits=bits, tile=tile)  # type: ignore[arg-type]
         for selector, tile in ((Sale, 16), (Mass, 16), (Mass, 64))

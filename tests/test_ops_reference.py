@@ -8,10 +8,10 @@ from collections import defaultdict
 import numpy as np
 import pytest
 import torch
-from _attention import DTYPES, assert_accurate, causal_mask, element_mask, make_qkv, tie_width
+from _attention import BITS, DTYPES, assert_accurate, causal_mask, element_mask, make_qkv, tie_width
 
 from vllm_sparse_backend.ops import TileList, reference, sparse_attention
-from vllm_sparse_backend.selection import DENSE, Mass, Policy, Sale, Static, estimate
+from vllm_sparse_backend.selection import DENSE, Bits, Mass, Policy, Sale, Static, estimate
 
 
 def static_tiles(policy: Static | Sale | Mass, start: int, end: int) -> set[int]:
@@ -38,6 +38,14 @@ def test_static_keeps_sink_and_window(
         assert set(tiles.row(0, block).tolist()) == static_tiles(policy, start, end)
 
 
+FP4 = (0, 1, 2, 3, 4, 6, 8, 12)  # E2M1 in halves; of two as near, the one of even mantissa
+
+
+def nearest_fp4(x: float) -> float:
+    nearest = min(range(8), key=lambda i: (abs(abs(x) - FP4[i]), i % 2))
+    return math.copysign(FP4[nearest], x)
+
+
 def scored_margins(
     policy: Sale | Mass, q: torch.Tensor, k: torch.Tensor, scale: float
 ) -> dict[tuple[int, int], float]:
@@ -48,7 +56,7 @@ def scored_margins(
     """
     rows, keys = q.double().numpy(), k.double().numpy()
     offset, length = len(k) - len(q), len(k)
-    key_max = {4: 7, 6: 31, 8: 127}[policy.bits]
+    key_max = {4: 7, 6: 31, 8: 127, "fp4": 12}[policy.bits]
     query_max = min(key_max, 63)
     gaps = 64 // policy.row_stride - 1
     sampled = {math.floor(i * 63 / gaps + 0.5) for i in range(gaps + 1)}
@@ -57,8 +65,12 @@ def scored_margins(
     def integers(x: np.ndarray, peak: np.float32, most: int) -> tuple[np.ndarray, float]:
         if peak == 0:
             return np.zeros(x.shape), 0.0
-        inverse = np.float32(most) / peak
-        return np.rint(x * inverse).clip(-most, most), float(peak / np.float32(most))
+        scaled = x * (np.float32(most) / peak)
+        if policy.bits == "fp4":
+            codes = np.vectorize(nearest_fp4)(scaled)
+        else:
+            codes = np.rint(scaled).clip(-most, most)
+        return codes, float(peak / np.float32(most))
 
     centred = keys.astype(np.float32) - mean
     found: dict[tuple[int, int], float] = {}
@@ -110,13 +122,13 @@ def exp_linear(x: float) -> float:
 
 
 @pytest.mark.parametrize("selector", [Sale, Mass])
-@pytest.mark.parametrize("bits", [4, 6, 8])
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize(("tile", "row_stride", "tail"), [(16, 4, 30), (32, 1, 0), (64, 8, 0)])
 @pytest.mark.parametrize(("rows", "length", "tau"), [(210, 340, 0.02), (70, 333, 0.1)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_scored_selectors_follow_their_rule_element_by_element(
     selector: type[Sale | Mass],
-    bits: int,
+    bits: Bits,
     tile: int,
     row_stride: int,
     tail: int,
@@ -129,7 +141,7 @@ def test_scored_selectors_follow_their_rule_element_by_element(
         sink=3,
         local=20,
         tile=tile,  # type: ignore[arg-type]
-        bits=bits,  # type: ignore[arg-type]
+        bits=bits,
         row_stride=row_stride,  # type: ignore[arg-type]
         tail=tail,
         tau=tau if selector is Sale else 4 * tau,
@@ -153,6 +165,14 @@ def test_scored_selectors_follow_their_rule_element_by_element(
     assert 0 < kept < len(wanted), "the case shows nothing"
 
 
+def test_4_bit_floats_round_to_the_nearest_and_halves_to_even() -> None:
+    x = torch.arange(-12, 12.0001, 0.125)[:, None]
+    x = torch.cat([x, torch.full_like(x, 12)], 1)  # so that every row's step is 1
+    ints, step = estimate.quantize(x, estimate.KEY_CODES, "fp4")
+    assert ints[:, 0].tolist() == [nearest_fp4(float(one)) for one in x[:, 0]]
+    assert (step == 1).all()
+
+
 def test_sale_finds_a_far_needle_that_static_misses() -> None:
     q, k, _ = make_qkv(2, 512, 512, heads=1, kv_heads=1)
     k[100] = (2.5 * q[400]).squeeze(0)
@@ -173,24 +193,24 @@ def test_inputs_that_are_not_finite_keep_tiles(poison: float, where: str) -> Non
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -3.0])
-@pytest.mark.parametrize("bits", [4, 8])
-def test_constant_keys(value: float, bits: int) -> None:
+@pytest.mark.parametrize("bits", BITS)
+def test_constant_keys(value: float, bits: Bits) -> None:
     q, k, v = make_qkv(4, 300, 300, heads=1, kv_heads=1)
     k.fill_(value)
     # All scores of a row are one value: exp(s - m) / l = 1 / l, with 16 to 80 keys in l.
     for tau, everything in ((0.5, False), (0.01, True)):
-        policy = Sale(sink=16, local=0, tau=tau, bits=bits)  # type: ignore[arg-type]
+        policy = Sale(sink=16, local=0, tau=tau, bits=bits)
         out, stats = sparse_attention(q, k, v, policy, impl="reference")
         assert out.isfinite().all()
         assert (stats.density == [1.0]) is everything
-    ints, step = estimate.quantize(torch.zeros(5, 8), estimate.KEY_CODES[bits])
+    ints, step = estimate.quantize(torch.zeros(5, 8), estimate.KEY_CODES, bits)
     assert not ints.any()
     assert not step.any()
 
 
 def test_quantize_rounds_half_to_even_and_is_exact_at_the_peak() -> None:
     x = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -127.0]])
-    ints, step = estimate.quantize(x, 127)
+    ints, step = estimate.quantize(x, estimate.KEY_CODES, 8)
     assert ints.tolist() == [[127, 0, 2, 2, 0, -127]]
     assert step.tolist() == [1.0]
 

@@ -6,14 +6,14 @@ import itertools
 
 import pytest
 import torch
-from _attention import DTYPES, IMPLS, Paged, make_paged, make_qkv, needs_core, run
+from _attention import BITS, DTYPES, IMPLS, Paged, make_paged, make_qkv, needs_core, run
 from _tiles import assert_same_tiles
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_sparse_backend.ops import PolicyTable, TileList, select_tiles
 from vllm_sparse_backend.ops.cpu import core
-from vllm_sparse_backend.selection import DENSE, AnyPolicy, Mass, Sale, Static
+from vllm_sparse_backend.selection import DENSE, AnyPolicy, Bits, Mass, Sale, Static
 
 SHAPES = [(1, 1), (64, 64), (65, 400), (1, 400), (100, 463), (700, 700), (500, 1203)]
 TAUS = (0.0, 0.001, 0.01, 0.05, 0.2, 1.0)
@@ -34,11 +34,11 @@ def both(paged: Paged, policies: object, request: int = 0) -> tuple[TileList, Ti
 
 
 @needs_core
-@pytest.mark.parametrize("bits", [4, 6, 8])
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("tile", [16, 32, 64])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_core_chooses_the_tiles_of_the_reference(
-    isa: str, bits: int, tile: int, dtype: torch.dtype
+    isa: str, bits: Bits, tile: int, dtype: torch.dtype
 ) -> None:
     policies: list[Sale | Mass | Static] = [
         selector(
@@ -73,9 +73,9 @@ def test_the_core_chooses_the_tiles_of_the_reference(
 
 @needs_core
 @pytest.mark.parametrize("selector", [Sale, Mass])
-@pytest.mark.parametrize("bits", [4, 6, 8])
-def test_every_head_dim_and_layout(isa: str, bits: int, selector: type[Sale | Mass]) -> None:
-    policies = [selector(sink=16, local=16, tau=0.05, bits=bits)] * 4  # type: ignore[arg-type]
+@pytest.mark.parametrize("bits", BITS)
+def test_every_head_dim_and_layout(isa: str, bits: Bits, selector: type[Sale | Mass]) -> None:
+    policies = [selector(sink=16, local=16, tau=0.05, bits=bits)] * 4
     for dim, (kv_layout, block_size), dtype in zip(
         core.HEAD_DIMS,
         [
@@ -104,7 +104,7 @@ def test_lowering_a_threshold_drops_no_tile(
     impl: str, dtype: torch.dtype, selector: type[Sale | Mass]
 ) -> None:
     paged = make_paged([make_qkv(9, 333, 800, 6, 2, 64, dtype)])
-    for bits, tile, stride in ((4, 16, 4), (8, 16, 1), (6, 64, 4), (4, 32, 8)):
+    for bits, tile, stride in ((4, 16, 4), (8, 16, 1), (6, 64, 4), ("fp4", 32, 8)):
         counts = []
         wider: TileList | None = None
         for tau in TAUS:
@@ -149,7 +149,7 @@ def test_any_policies_choose_the_tiles_of_the_reference(data: st.DataObject) -> 
             tile=tile,
             tau=st.floats(0, 1),
             tau_slope=st.sampled_from([0.0, -2.0, -0.3, 0.7, 2.0]),
-            bits=st.sampled_from([4, 6, 8]),
+            bits=st.sampled_from(BITS),
             row_stride=st.sampled_from([1, 2, 4, 8]),
             tail=st.integers(0, 150),
         ),
@@ -188,13 +188,13 @@ def test_keys_and_queries_that_are_not_finite_keep_tiles(
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("value", [1.0, -3.0])
-@pytest.mark.parametrize("bits", [4, 6, 8])
-def test_constant_keys(impl: str, value: float, bits: int) -> None:
+@pytest.mark.parametrize("bits", BITS)
+def test_constant_keys(impl: str, value: float, bits: Bits) -> None:
     q, k, v = make_qkv(4, 300, 300, heads=1, kv_heads=1)
     k.fill_(value)
     # All scores of a row are one value: exp(s - m) / l = 1 / l, with 16 to 80 keys in l.
     for tau, everything in ((0.5, False), (0.01, True)):
-        policy = Sale(sink=16, local=0, tau=tau, bits=bits)  # type: ignore[arg-type]
+        policy = Sale(sink=16, local=0, tau=tau, bits=bits)
         out, stats = run(make_paged([(q, k, v)]), policy, impl)
         assert out.isfinite().all()
         assert (stats.density == [1.0]) is everything

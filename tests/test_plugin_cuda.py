@@ -117,8 +117,15 @@ from vllm_sparse_backend.backend.worker import Worker
 table = Worker(setup, 0).policies("model.layers.0.attn", 4, 64)
 assert table.dense_below == [0] * 4
 
+from vllm_sparse_backend import compat
 from vllm_sparse_backend.doctor import _gpu
-gpu = _gpu()
-assert (gpu.name, gpu.capability) == ("a GPU", "7.5") and gpu.triton
+gpu = _gpu("cuda")
+assert (gpu.name, gpu.capability, gpu.fp4) == ("a GPU", "7.5", False) and gpu.triton
+for platform, with_fp4, without in (
+    ("cuda", ("10.0", "10.3", "12.0"), ("8.0", "9.0")), ("rocm", ("9.5",), ("9.4",))
+):
+    for capability in (*with_fp4, *without):
+        compat.gpu = lambda: ("another", capability)
+        assert _gpu(platform).fp4 is (capability in with_fp4), capability
 """
     )

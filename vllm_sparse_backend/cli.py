@@ -155,7 +155,8 @@ def _lines(diagnosis: Diagnosis) -> list[tuple[str, str]]:
 
 def _device_lines(diagnosis: Diagnosis) -> list[tuple[str, str]]:
     if (gpu := diagnosis.gpu) is not None:
-        kernels = f"Triton {gpu.triton}, scores in int8" if gpu.triton else "unusable"
+        products = "in int8, of fp4 codes in fp4" if gpu.fp4 else "in int8, of fp4 codes, too"
+        kernels = f"Triton {gpu.triton}, scores {products}" if gpu.triton else "unusable"
         return [("GPU", f"{gpu.name}, compute capability {gpu.capability}"), ("kernels", kernels)]
     isas = diagnosis.core.isas.items()
     return [

@@ -41,6 +41,7 @@ class Gpu(_Report):
     name: str
     capability: str  # of computing, as "9.0"
     triton: str | None  # its version
+    fp4: bool = False  # codes of "bits": "fp4" are multiplied as such, and not as int8
     problem: str | None = None
 
 
@@ -114,7 +115,7 @@ def examine(
                     f"vLLM's platform: want one of {', '.join(compat.PLATFORMS)}, got {platform}"
                 )
             elif platform != "cpu":
-                gpu = _gpu()
+                gpu = _gpu(platform)
             if not registered and (plugins is None or ENTRY_POINT in plugins):
                 problems.append("vLLM loads its plugins but does not know the backend afterwards")
             if model is not None and registered and runs:
@@ -186,11 +187,19 @@ def _selectors() -> tuple[dict[str, str], list[str]]:
     return found, []
 
 
-def _gpu() -> Gpu:
+def _gpu(platform: str) -> Gpu:
+    from vllm_sparse_backend.ops.triton.launch import packs
+
     triton = _version("triton")
     name, capability = compat.gpu()
-    problem = None if triton else "triton is not installed"
-    return Gpu(name=name, capability=capability, triton=triton, problem=problem)
+    prefix, suffix = ("sm_", "") if platform == "cuda" else ("gfx", "0")
+    return Gpu(
+        name=name,
+        capability=capability,
+        triton=triton,
+        fp4=packs(prefix + capability.replace(".", "") + suffix, "fp4"),
+        problem=None if triton else "triton is not installed",
+    )
 
 
 def _in_vllm() -> tuple[str, bool]:

@@ -11,8 +11,9 @@ from _attention import QKV, make_paged, make_qkv
 from _tiles import assert_same_tiles
 
 from vllm_sparse_backend.ops import PolicyTable, TileList, reference
-from vllm_sparse_backend.ops.triton import KeptCodes, Shelf, forward, plan_work, select
-from vllm_sparse_backend.selection import AnyPolicy, Mass, Sale
+from vllm_sparse_backend.ops.triton import KeptCodes, Shelf, forward, plan_work, run, select
+from vllm_sparse_backend.ops.triton import kept as kept_codes
+from vllm_sparse_backend.selection import AnyPolicy, Bits, Mass, Sale
 
 POLICIES: list[AnyPolicy] = [
     Sale(sink=16, local=16, tau=0.03, tail=40),
@@ -22,7 +23,7 @@ PAGE, DIM, SCALE = 32, 64, 64**-0.5
 STREAMS, MOST = 2, 1000
 
 
-def poisoned(bits: Iterable[int] = (6,)) -> KeptCodes:
+def poisoned(bits: Iterable[Bits] = (6,)) -> KeptCodes:
     """Where nothing was written, a step that keeps every tile."""
     kept = KeptCodes(STREAMS, MOST, 1, DIM, bits, torch.device("cpu"))
     for codes in kept.by_bits.values():
@@ -38,8 +39,14 @@ def one(qkv: QKV, begin: int, end: int) -> QKV:
     return q[begin:end], k[:end], v[:end]
 
 
-@pytest.mark.parametrize("bits", [(8, 8), (4, 6)])
-def test_the_tiles_of_the_reference_chunk_by_chunk(bits: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    ("bits", "arch"), [((8, 8), "sm_80"), ((4, "fp4"), "sm_80"), ((6, "fp4"), "sm_120")]
+)
+def test_the_tiles_of_the_reference_chunk_by_chunk(
+    bits: tuple[Bits, Bits], arch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (run, kept_codes):
+        monkeypatch.setattr(module, "architecture", lambda: arch)
     policies = [it.model_copy(update={"bits": n}) for it, n in zip(POLICIES, bits, strict=True)]
     table = PolicyTable(policies)
     kept, shelf = poisoned(set(bits)), Shelf(STREAMS, MOST)

@@ -6,14 +6,14 @@ import itertools
 
 import pytest
 import torch
-from _attention import DTYPES, Paged, make_paged, make_qkv
+from _attention import BITS, DTYPES, Paged, make_paged, make_qkv
 from _tiles import assert_same_tiles
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_sparse_backend.ops import PolicyTable, TileList, select_tiles
 from vllm_sparse_backend.ops.triton import run as launches
-from vllm_sparse_backend.selection import DENSE, AnyPolicy, Mass, Sale, Static
+from vllm_sparse_backend.selection import DENSE, AnyPolicy, Bits, Mass, Sale, Static
 
 
 def both(
@@ -37,12 +37,17 @@ def both(
 @pytest.mark.parametrize(
     ("bits", "tile", "dtype"),
     [
-        ((4, 6, 8)[(i + j) % 3], tile, dtype)
-        for i, tile in enumerate((16, 32, 64))
-        for j, dtype in enumerate(DTYPES)
+        *(
+            ((4, 6, 8)[(i + j) % 3], tile, dtype)
+            for i, tile in enumerate((16, 32, 64))
+            for j, dtype in enumerate(DTYPES)
+        ),
+        ("fp4", 16, torch.float16),
+        ("fp4", 32, torch.bfloat16),
+        ("fp4", 64, torch.float32),
     ],
 )
-def test_the_tiles_of_the_reference(bits: int, tile: int, dtype: torch.dtype) -> None:
+def test_the_tiles_of_the_reference(bits: Bits, tile: int, dtype: torch.dtype) -> None:
     policies: list[Sale | Mass | Static] = [
         selector(sink=s, local=n, tau=tau, bits=bits, tile=tile, row_stride=stride, tail=tail)
         for (s, n), tau, stride, selector, tail in zip(
@@ -55,7 +60,7 @@ def test_the_tiles_of_the_reference(bits: int, tile: int, dtype: torch.dtype) ->
         )
     ]
     dim = {16: 64, 32: 80, 64: 128}[tile]
-    qkv = make_qkv(bits, 150, 400, 3, 1, dim, dtype)
+    qkv = make_qkv(tile, 150, 400, 3, 1, dim, dtype)
     own, other = both(make_paged([qkv], "strided", 32), policies)
     assert_same_tiles(own, other, qkv, policies, dim**-0.5)
     assert sum(own.computed) < sum(own.causal)
@@ -79,6 +84,29 @@ def test_however_an_architecture_divides_a_product(
     own, other = both(make_paged([qkv], "strided", 32), policies, prompt_len=620)
     assert_same_tiles(own, other, qkv, policies, 0.125, 620)
     assert sum(own.computed) < sum(own.causal)
+
+
+@pytest.mark.parametrize("arch", ["sm_100", "sm_120"])  # a product's keys as they come; in parts
+@pytest.mark.parametrize(("dim", "group"), [(64, 1), (80, 2), (128, 4)])
+def test_4_bit_floats_two_in_a_byte(
+    arch: str, dim: int, group: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heads = 2 * group
+    policies: list[AnyPolicy] = [
+        selector(sink=16, local=16, tau=0.03, tile=tile, tail=30, bits=bits)
+        for selector, tile, bits in itertools.islice(
+            itertools.cycle([(Sale, 16, "fp4"), (Mass, 32, "fp4"), (Sale, 64, 6)]), heads
+        )
+    ]
+    qkv = make_qkv(dim, 130, 600, heads, 2, dim)
+    paged = make_paged([qkv], "strided", 32)
+    as_integers, wanted = both(paged, policies)
+    monkeypatch.setattr(launches, "architecture", lambda: arch)
+    packed, _ = both(paged, policies)
+    assert_same_tiles(packed, wanted, qkv, policies, dim**-0.5)
+    for head in range(heads):  # their products are the same numbers
+        assert torch.equal(packed.mask(head), as_integers.mask(head))
+    assert 0.1 < sum(packed.computed) / sum(packed.causal) < 0.9
 
 
 def test_a_chunk_before_a_prompts_last_has_no_tail() -> None:
@@ -107,7 +135,7 @@ def test_any_policies(data: st.DataObject) -> None:
         **window,
         tau=st.floats(0, 1),
         tau_slope=st.sampled_from([0.0, -2.0, 0.7]),
-        bits=st.sampled_from([4, 6, 8]),
+        bits=st.sampled_from(BITS),
         row_stride=st.sampled_from([1, 2, 4, 8]),
         tail=st.integers(0, 100),
     )

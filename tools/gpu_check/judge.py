@@ -16,12 +16,13 @@ from tools.gpu_check.variants import Variant
 from vllm_sparse_backend.ops.tiles import Q_BLOCK
 
 ATTEND: Final = "attend_tiles"
-# What a kernel multiplies: numbers of the model, or codes.
+# What a kernel multiplies: numbers of the model, or codes, as integers or as 4-bit floats.
 _MATRIX: Final = {
     ATTEND: r"HMMA|HGMMA|UTCHMMA|v_mfma_f32_\w*b?f16",
     "anchor_rows": r"HMMA|HGMMA|UTCHMMA|v_mfma_f32_\w*b?f16",
     "score_tiles": r"IMMA|IGMMA|UTCIMMA|v_mfma_i32_\w*i8",
 }
+_FP4: Final = r"UTCOMMA|OMMA\.SF|v_mfma_scale_f32_\w*f8f6f4"
 LEAST_EARLY: Final = 0.75  # of copies: the scheduler may place one behind the last product
 MOST_TENSOR_MEMORY: Final = 512  # columns, on Blackwell
 # AMD's compiler keeps scalars that find no register in lanes of vector ones. They never go to
@@ -117,9 +118,13 @@ def _rows(variant: Variant) -> int:
     return int(c.get("SHARE_ROWS", Q_BLOCK) * c.get("TOGETHER", 1))
 
 
+def _packed(variant: Variant) -> bool:
+    return variant.kernel == "score_tiles" and bool(variant.constants["PACKED"])
+
+
 def _loop(variant: Variant, code: Code) -> dict[str, Any]:
     """The loop that does a kernel's products, and what is wrong with it."""
-    pattern = _MATRIX.get(variant.kernel)
+    pattern = _FP4 if _packed(variant) else _MATRIX.get(variant.kernel)
     exact = variant.cell.dtype.itemsize == 4 and variant.kernel != "score_tiles"
     if variant.kernel == "compact_tiles":  # no products: a pass over a block of bits
         body = max(code.innermost(Kind.GLOBAL), key=len)
@@ -166,7 +171,9 @@ def _products(variant: Variant, body: Sequence[Instruction]) -> float:
     c = variant.constants
     rows, block, depth = _rows(variant), _block(variant), c["BLOCK_D"]
     needed = 2 * rows * block * depth
-    fifth_generation = depth // (32 if variant.kernel == "score_tiles" else 16)
+    fifth_generation = depth // (
+        64 if _packed(variant) else 32 if variant.kernel == "score_tiles" else 16
+    )
     if variant.kernel == ATTEND:
         needed *= 2
         fifth_generation += block // 16

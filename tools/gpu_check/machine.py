@@ -45,7 +45,7 @@ class Instruction:
 _KINDS: Final = {
     kind: re.compile(pattern)
     for kind, pattern in {
-        Kind.MATRIX: r"HMMA|IMMA|DMMA|HGMMA|IGMMA|UTC[HIQO]MMA|v_s?mfma",
+        Kind.MATRIX: r"HMMA|IMMA|DMMA|HGMMA|IGMMA|OMMA|QMMA|UTC[HIQO]MMA|v_s?mfma",
         Kind.GLOBAL: r"LDG(?!DEPBAR)|STG|LDGSTS|UBLKCP|RED\b|ATOMG?\b|global_|buffer_|flat_",
         Kind.SHARED: r"LDS|STS|ATOMS|LDT|STT|UTCCP|LDSM|STSM|ds_(?!bpermute|swizzle|permute)",
         Kind.SPECIAL: r"MUFU|I2F\b|F2I\b|F2F\b|v_(exp|rcp|log|sqrt|rsq)_",

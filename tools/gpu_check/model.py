@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -28,8 +29,32 @@ LAYERS, HEADS, KV_HEADS, DIM = 32, 32, 8, 128  # Llama-3.1-8B
 GROUP = HEADS // KV_HEADS
 ROWS: Final = Q_BLOCK // UNIFORM_DEFAULT.row_stride * GROUP  # scored together
 CHUNK: Final = 2048
-KEPT: Final = f"in chunks of {CHUNK}, codes kept"
-CHUNKS: Final = {f"in chunks of {CHUNK}": CHUNK, KEPT: CHUNK, "whole": 1 << 30}
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """To prefill a prompt."""
+
+    chunk: int = 1 << 30
+    kept: bool = False  # codes, from one chunk to the next
+    fp4: bool = False  # codes are 4-bit floats, multiplied as such
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        chunks = f"in chunks of {self.chunk}" if self.chunk <= CHUNK else "whole"
+        return chunks + (", codes kept" if self.kept else "") + (", fp4" if self.fp4 else "")
+
+    @property
+    def policies(self) -> str:
+        """As `variants.POLICIES` has them."""
+        return "sale fp4" if self.fp4 else "sale"
+
+
+WAYS: Final = (
+    Way(CHUNK), Way(CHUNK, kept=True), Way(),
+    Way(CHUNK, fp4=True), Way(CHUNK, kept=True, fp4=True), Way(fp4=True),
+)  # fmt: skip
 # docs/limits.md, the default policy: SmolLM2's layers on real text up to 16K, generated input for a
 # Llama layer from there on.
 DENSITY: Final = {8192: 0.305, 16384: 0.274, 32768: 0.077, 65536: 0.059, 131072: 0.052}
@@ -62,22 +87,28 @@ class Prediction(BaseModel):
 
 
 def predict(
-    gpu: Gpu, kernels: dict[str, Result], tokens: int, density: float, prefill: str
+    gpu: Gpu, kernels: dict[str, Result], tokens: int, density: float, way: Way
 ) -> Prediction:
     """One prompt of ``tokens``, by ``kernels`` compiled for the GPU's architecture."""
-    step = min(CHUNKS[prefill], tokens)
+    step = min(way.chunk, tokens)
     contexts = range(step, tokens + 1, step)
     blocks = tokens // Q_BLOCK
     pairs = tokens * tokens / 2 / Q_BLOCK  # (q block, causal key)
     window = UNIFORM_DEFAULT.sink + UNIFORM_DEFAULT.local + Q_BLOCK
-    summed, coded = keys_read(contexts, kept=prefill == KEPT)
-    moved = (summed * 2 + coded * (2 + 1)) * KV_HEADS * DIM  # read in bf16, written as bytes
+    summed, coded = keys_read(contexts, way.kept)
+    # Read in bf16, written a byte each or half of one.
+    moved = (summed * 2 + coded * (2.5 if way.fp4 else 3)) * KV_HEADS * DIM
     attend, anchor, score = (
         kernels[name] for name in ("attend_tiles", "anchor_rows", "score_tiles")
     )
     work = {
         "anchor": (anchor, blocks * KV_HEADS * (window / anchor.block + 1), ROWS, 2 * gpu.bf16),
-        "score": (score, pairs * KV_HEADS / score.block, ROWS, 2 * gpu.int8),
+        "score": (
+            score,
+            pairs * KV_HEADS / score.block,
+            ROWS,
+            2 * (gpu.fp4 if way.fp4 else gpu.int8),
+        ),
         "compact": (kernels["compact_tiles"], pairs / 16 * HEADS / 1024, 0, gpu.bf16),
         "attend": (attend, density * pairs * HEADS / attend.block, Q_BLOCK, gpu.bf16),
     }
@@ -97,7 +128,7 @@ def predict(
     return Prediction(
         gpu=gpu.name,
         tokens=tokens,
-        prefill=prefill,
+        prefill=way.name,
         phases={p: (1e3 * LAYERS * a, 1e3 * LAYERS * b) for p, (a, b) in phases.items()},
         dense=1e3 * LAYERS * dense,
     )
@@ -120,15 +151,22 @@ def keys_read(contexts: Sequence[int], kept: bool) -> tuple[int, int]:
 
 def predict_all(results: Iterable[Result]) -> list[Prediction]:
     """Each GPU, length and way to prefill, by what its kernels compile to."""
-    by_arch: dict[str, dict[str, Result]] = {}
+    by_cell: dict[tuple[str, str], dict[str, Result]] = {}
     for one in results:
-        by_arch.setdefault(one.arch, {})[one.kernel] = one
+        for policies in ("sale", "sale fp4"):  # kernels that know no codes are compiled for one
+            if policies == one.policies or one.kernel not in by_cell.get((one.arch, policies), {}):
+                by_cell.setdefault((one.arch, policies), {})[one.kernel] = one
     return [
-        predict(gpu, by_arch[gpu.arch], tokens, density, prefill)
+        predict(gpu, by_cell[gpu.arch, way.policies], tokens, density, way)
         for gpu in GPUS
-        for prefill in CHUNKS
+        for way in ways_of(gpu)
         for tokens, density in DENSITY.items()
     ]
+
+
+def ways_of(gpu: Gpu) -> list[Way]:
+    """To prefill on it."""
+    return [way for way in WAYS if gpu.fp4 or not way.fp4]
 
 
 _HEAD: Final = """\
@@ -146,7 +184,9 @@ Densities are measured ones (limits.md): {density}. Up to 16K they are of SmolLM
 
 *Dense*: {dense}.
 *Selection*: all but attention, in percent of dense. *Codes kept*: with `kept_prompts`, which for a
-prompt of 128K takes {kept_gib:.1f} GiB; without it a chunk's keys are all quantized anew.
+prompt of 128K takes {kept_gib:.1f} GiB; without it a chunk's keys are all quantized anew. *fp4*:
+with `"bits": "fp4"`, codes that the matrix units multiply as 4-bit floats and that take half the
+memory; at an equal error 1% more tiles are kept (limits.md), which is not reckoned with here.
 
 Percent of dense that selection is predicted to take at 64K; wanted is 8 at most:
 
@@ -163,13 +203,13 @@ def page(predictions: list[Prediction]) -> str:
     )
     columns = ("tokens", *PHASES, "sum", "dense", "selection", "x dense")
     for gpu in GPUS:
-        for prefill in CHUNKS:
-            text += f"\n## PREDICTION: {gpu.name}, {prefill}\n\n"
+        for way in ways_of(gpu):
+            text += f"\n## PREDICTION: {gpu.name}, {way.name}\n\n"
             published = gpu.name == "RTX 4090"
             heads = (*columns, *(("FA2, published", "SALE, published") if published else ()))
             text += "| " + " | ".join(heads) + " |\n" + "|---:" * len(heads) + "|\n"
             for p in predictions:
-                if (p.gpu, p.prefill) == (gpu.name, prefill):
+                if (p.gpu, p.prefill) == (gpu.name, way.name):
                     text += "| " + " | ".join(_row(p, published)) + " |\n"
     return text
 
@@ -179,14 +219,17 @@ def _shares(predictions: list[Prediction]) -> str:
     text = "| | " + " | ".join(gpu.name for gpu in GPUS)
     text += " | of FA2: " + " | of FA2: ".join(FA2_SHARE) + " |\n"
     text += "|---" + "|---:" * (len(GPUS) + len(FA2_SHARE)) + "|\n"
-    for prefill in CHUNKS:
-        own = {p.gpu: p.selection for p in predictions if p.prefill == prefill}
-        of_fa2 = [
-            _span(*(x * FA2_SHARE[gpu.name] / gpu.dense_share for x in own[gpu.name]))
-            for gpu in GPUS
-            if gpu.name in FA2_SHARE
-        ]
-        cells = [prefill, *(_span(*share) for share in own.values()), *of_fa2]
+    for way in WAYS:
+        own = {p.gpu: p.selection for p in predictions if p.prefill == way.name}
+        shares = {gpu.name: (own[gpu.name], gpu.dense_share) for gpu in GPUS if gpu.name in own}
+        of_fa2 = {
+            name: tuple(x * FA2_SHARE[name] / dense for x in share)
+            for name, (share, dense) in shares.items()
+            if name in FA2_SHARE
+        }
+        cells = [way.name]
+        cells += [_span(*own[gpu.name]) if gpu.name in own else "" for gpu in GPUS]
+        cells += [_span(*of_fa2[name]) if name in of_fa2 else "" for name in FA2_SHARE]
         text += "| " + " | ".join(cells) + " |\n"
     return text
 
@@ -211,7 +254,11 @@ def main(
     as_json: Annotated[bool, typer.Option("--json", help="to stdout, and no page")] = False,
 ) -> None:
     """Compile what the model needs, predict, and write docs/gpu-model.md."""
-    wanted = variants(Cell(gpu.arch, DIM, GROUP) for gpu in GPUS)
+    wanted = variants(
+        Cell(gpu.arch, DIM, GROUP, policies=policies)
+        for gpu in GPUS
+        for policies in dict.fromkeys(way.policies for way in ways_of(gpu))
+    )
     predictions = predict_all(result for _, result in judge_all(wanted))
     if as_json:
         print(json.dumps([p.model_dump() for p in predictions], indent=1))

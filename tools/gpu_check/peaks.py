@@ -19,6 +19,7 @@ class Gpu:
     bandwidth: float  # bytes/s
     dense: str  # the dense attention it is compared with
     dense_share: float  # of the bf16 peak, at long contexts
+    fp4: float = 0.0  # OP/s of 4-bit floats; 0: there are none
     few_rows: float = 1.0  # of the peaks, where a matrix has 64 rows instead of 128
 
     def per_clock(self, peak: float) -> float:
@@ -37,7 +38,7 @@ GPUS: Final = (
     Gpu("A100", "sm_80", 108, 1.41e9, 312e12, 624e12, 2.04e12, "FA2", 0.72),
     Gpu("RTX 4090", "sm_89", 128, 2.52e9, 165.2e12, 660.6e12, 1.01e12, "FA2", 1.09),
     Gpu("H100", "sm_90", 132, 1.83e9, 989e12, 1979e12, 3.35e12, "FA3", 0.75),
-    Gpu("B200", "sm_100", 148, 1.85e9, 2250e12, 4500e12, 8.0e12, "FA4", 0.71, few_rows=0.5),
+    Gpu("B200", "sm_100", 148, 1.85e9, 2250e12, 4500e12, 8.0e12, "FA4", 0.71, 9000e12, 0.5),
 )
 
 # Of all architectures: CUDA C++ Programming Guide, "Arithmetic Instructions", per clock of one

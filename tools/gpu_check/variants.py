@@ -32,6 +32,8 @@ POLICIES: Final[dict[str, tuple[AnyPolicy, ...]]] = {
     "sale": (Sale(),),
     "mass": (Mass(),),
     "both": (Sale(), Mass()),
+    "sale fp4": (Sale(bits="fp4"),),
+    "mass fp4": (Mass(bits="fp4"),),
 }
 
 

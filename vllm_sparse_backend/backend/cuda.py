@@ -54,7 +54,7 @@ class SparsePrefillImpl(AttentionImpl[Any]):
         shape = self._kept_prompts, self._max_model_len, self.num_kv_heads, self.head_size
         bits = kernels.heads_of(self.policies, device).bits
         self._kept = kernels.KeptCodes(*shape, bits, device)
-        return len(bits) * kernels.kept_bytes(*shape)
+        return self._kept.nbytes
 
     def keep_nothing(self) -> None:
         """Give back what is reserved for codes, as where this layer turns out to be dense."""

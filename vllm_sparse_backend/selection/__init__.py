@@ -13,6 +13,7 @@ from vllm_sparse_backend.selection.named import (
 from vllm_sparse_backend.selection.policy import (
     DENSE,
     UNIFORM_DEFAULT,
+    Bits,
     Dense,
     Mass,
     Sale,
@@ -24,6 +25,7 @@ __all__ = [
     "DENSE",
     "UNIFORM_DEFAULT",
     "AnyPolicy",
+    "Bits",
     "Dense",
     "ListSelector",
     "Mass",

@@ -14,18 +14,18 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import pad
 
-from vllm_sparse_backend.selection.policy import Q_BLOCK, Mass, Sale
+from vllm_sparse_backend.selection.policy import Q_BLOCK, Bits, Mass, Sale
 from vllm_sparse_backend.selection.static import always_kept
 
 KEY_GROUP = 16  # keys that share one quantization step
-KEY_CODES = {8: 127.0, 6: 31.0, 4: 7.0}
+KEY_CODES: dict[Bits, float] = {8: 127.0, 6: 31.0, 4: 7.0, "fp4": 12.0}
 # Smaller at 8 bits: shifted to be unsigned, two products with a key's then fit in 16 bits,
 # which is what a machine without an int8 dot product sums them in.
-QUERY_CODES = {8: 63.0, 6: 31.0, 4: 7.0}
+QUERY_CODES: dict[Bits, float] = {8: 63.0, 6: 31.0, 4: 7.0, "fp4": 12.0}
 
 
 class Quantized(NamedTuple):
-    """Integers of at most ``limit``, held in fp32, and the size of their unit."""
+    """Integers, held in fp32, and the size of their unit."""
 
     ints: torch.Tensor  # fp32 [S, D]
     step: torch.Tensor  # fp32 [S]; NaN where the input was not finite
@@ -38,29 +38,39 @@ class Block(NamedTuple):
     always: torch.Tensor  # bool [causal tiles]: kept whatever the scores say
 
 
-def quantize(x: torch.Tensor, limit: float, group: int = 1) -> Quantized:
+def quantize(x: torch.Tensor, limits: dict[Bits, float], bits: Bits, group: int = 1) -> Quantized:
     """Quantize fp32 ``x`` [S, D] symmetrically, one step per ``group`` rows from row 0.
 
-    Rounds half to even. All-zero groups become zeros; a group with an inf or a NaN gets
-    the step NaN, which no comparison with a threshold can drop.
+    ``limits``: the largest code of each kind. Rounds half to even, in "fp4" half to the code whose
+    mantissa is. All-zero groups become zeros; a group with an inf or a NaN gets the step NaN, which
+    no comparison with a threshold can drop.
     """
+    limit = limits[bits]
     padded = pad(x, (0, 0, 0, -x.shape[0] % group))
     peaks = padded.reshape(-1, group * x.shape[1]).abs().amax(1)  # [groups]
     amax = peaks.repeat_interleave(group)[: x.shape[0]]
     # A division of tensors: torch takes number / tensor for number * (1 / tensor), which is
     # off by an ulp, and in 16-bit inputs a product that lies on a half is common.
     inv = torch.where(amax == 0, 0.0, torch.full_like(amax, limit) / amax)
-    ints = (x * inv[:, None]).round().clamp(-limit, limit).nan_to_num(0.0)
+    scaled = (x * inv[:, None]).clamp(-limit, limit).nan_to_num(0.0)
+    # Between powers of two there are two codes of a 4-bit float.
+    unit = _fp4_unit(scaled) if bits == "fp4" else torch.ones(())
+    ints = (scaled / unit).round() * unit
     return Quantized(ints, torch.where(amax.isfinite(), amax / limit, torch.nan))
 
 
+def _fp4_unit(x: torch.Tensor) -> torch.Tensor:
+    """The distance of the codes around ``x``: 1 up to 4, 2 up to 8, 4 from there on."""
+    return 1.0 + (x.abs() >= 4) + 2.0 * (x.abs() >= 8)
+
+
 def quantize_keys(
-    k: torch.Tensor, bits: int, mean_of: int | None = None
+    k: torch.Tensor, bits: Bits, mean_of: int | None = None
 ) -> tuple[Quantized, torch.Tensor]:
     """Quantize all keys of one kv head, [S, D], about the mean of the first ``mean_of`` of them,
     all unless given. Returns the mean, fp32 [D]."""
     mean = k[:mean_of].double().mean(0).float()
-    return quantize(k.float() - mean, KEY_CODES[bits], KEY_GROUP), mean
+    return quantize(k.float() - mean, KEY_CODES, bits, KEY_GROUP), mean
 
 
 def scored_rows(policy: Sale | Mass, first: int, end: int, prompt_len: int) -> torch.Tensor:
@@ -111,7 +121,7 @@ def estimates(
         total = (score - m).exp().sum(1, keepdim=True)
         threshold = m + (policy.tau_at(start + Q_BLOCK) * total).log()  # [R, 1]
 
-        query = quantize(row, QUERY_CODES[policy.bits])
+        query = quantize(row, QUERY_CODES, policy.bits)
         step = query.step[:, None] * keys.step[:end]
         estimate = scale * (step * (query.ints @ keys.ints[:end].T) + (row @ mean)[:, None])
         yield Block(estimate - threshold, always)

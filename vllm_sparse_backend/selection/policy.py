@@ -11,6 +11,7 @@ from typing import Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field
 
 Tile: TypeAlias = Literal[16, 32, 64]
+Bits: TypeAlias = Literal[4, 6, 8, "fp4"]  # of the codes that scores are products of
 Q_BLOCK = 64  # query tokens; `ops.tiles` has the same
 TAU_CONTEXT = 8192  # tokens of context at which a threshold is `tau` whatever its slope
 
@@ -62,8 +63,9 @@ class Static(Windowed):
 class _Scored(Windowed):
     """What selectors share that score keys for some of a q block's query rows.
 
-    Scores are integer products of Q and K. At 8 bits the codes reach to 127 for keys and 63
-    for queries, at 6 to 31 and at 4 to 7.
+    Scores are products of codes of Q and K. Of 8 bits they are integers to 127 for keys and 63
+    for queries, of 6 to 31 and of 4 to 7; "fp4" are the 4-bit floats E2M1 (OCP Microscaling
+    Formats 1.0), counted in halves: 0, 1, 2, 3, 4, 6, 8, 12 and their negatives.
     """
 
     tau: float = Field(default=0.002, ge=0.0, le=1.0)
@@ -74,7 +76,11 @@ class _Scored(Windowed):
         description="the threshold of a q block that ends at n tokens of context is "
         "tau * (n / 8192) ** tau_slope",
     )
-    bits: Literal[4, 6, 8] = 6
+    bits: Bits = Field(
+        default=6,
+        description="of the codes that scores are products of: integers, or fp4, floats of 4 bits, "
+        "which some GPUs multiply faster",
+    )
     row_stride: Literal[1, 2, 4, 8] = Field(
         default=4,
         description="query rows per scored row, which are spread over a q block evenly, both ends "

@@ -25,9 +25,10 @@ HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
 KV_LAYOUTS = ("vec", "vec16", "amx")
 DTYPES = ("bfloat16", "float16", "float32")
 
-_ABI = 7
+_ABI = 8
 _LAYOUT = {"vec": 0, "vec16": 0, "amx": 1}
 _DTYPE = {name: i for i, name in enumerate(DTYPES)}
+_FP4 = 14  # bits of a 4-bit float: VSB_FP4
 _LIST = 3  # the selector that takes its tiles from the caller
 
 
@@ -197,7 +198,8 @@ def _native_policies(table: PolicyTable) -> ctypes.Array[_Policy]:
                 case Sale() | Mass():
                     row.selector = 2 if isinstance(policy, Sale) else 4
                     row.tau, row.tau_slope = policy.tau, policy.tau_slope
-                    row.bits, row.row_stride = policy.bits, policy.row_stride
+                    row.bits = _FP4 if policy.bits == "fp4" else policy.bits
+                    row.row_stride = policy.row_stride
                     row.tail = policy.tail
                 case ListSelector():  # until it is given its tiles, it keeps all: at a tau of 0
                     row.selector = 2

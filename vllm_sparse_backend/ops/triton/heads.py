@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Final
 
 import numpy as np
 import torch
@@ -11,7 +12,9 @@ import torch
 from vllm_sparse_backend.ops.policies import PolicyTable, tile_size
 from vllm_sparse_backend.ops.tiles import Q_BLOCK, SUBTILE
 from vllm_sparse_backend.ops.triton.work import SLOT_ROWS, to_device
-from vllm_sparse_backend.selection import AnyPolicy, Dense, Mass, Sale, Static, keeps_all
+from vllm_sparse_backend.selection import AnyPolicy, Bits, Dense, Mass, Sale, Static, keeps_all
+
+CODES: Final[dict[Bits, int]] = {4: 4, 6: 6, 8: 8, "fp4": 14}  # to the kernels
 
 
 class Kind(IntEnum):
@@ -32,7 +35,7 @@ class HeadTable:
     floats: torch.Tensor  # fp32 [Hq, 4]: tau, tau_slope, growth in 1/65536, and nothing
     kinds: frozenset[Kind]
     wide: bool  # some head sums the mass of more than a subtile
-    bits: tuple[int, ...]  # of heads that score, distinct
+    bits: tuple[Bits, ...]  # of heads that score, distinct
     tail: int  # the longest of any head that scores
     slots: int  # of SLOT_ROWS scored rows in a whole q block, the most of any head
 
@@ -56,7 +59,7 @@ def _make(table: PolicyTable, device: torch.device) -> HeadTable:
         floats=to_device([_floats(policy) for policy in table.rows], device, np.float32),
         kinds=frozenset(kinds),
         wide=any(isinstance(policy, Mass) and policy.tile > SUBTILE for policy in scored),
-        bits=tuple(sorted({policy.bits for policy in scored})),
+        bits=tuple(sorted({policy.bits for policy in scored}, key=CODES.__getitem__)),
         tail=max((policy.tail for policy in scored), default=0),
         slots=max((-(-Q_BLOCK // policy.row_stride // SLOT_ROWS) for policy in scored), default=1),
     )
@@ -75,7 +78,7 @@ def _ints(kind: Kind, policy: AnyPolicy, dense_below: int) -> list[int]:
         row[1:3] = [-(-policy.sink // tile) * tile, policy.local]
     if isinstance(policy, Sale | Mass):
         row[4:6] = [Q_BLOCK // policy.row_stride, policy.tail]
-        row[7] = policy.bits
+        row[7] = CODES[policy.bits]
     return row
 
 

@@ -15,17 +15,46 @@ from typing import Final, NamedTuple
 
 import torch
 
-from vllm_sparse_backend.ops.triton.launch import KEY_CHUNK, WORD_KEYS
+from vllm_sparse_backend.ops.triton.launch import KEY_CHUNK, WORD_KEYS, architecture, packs
+from vllm_sparse_backend.selection import Bits
 
 PATIENCE: Final = 64  # steps for which a place waits for its request to go on
 
 
 class Codes(NamedTuple):
-    """Keys as integers, of one number of bits; see `keys`."""
+    """Keys' codes, of one number of bits; see `keys`."""
 
     means: torch.Tensor  # fp32 [N, Hkv, D]
-    ints: torch.Tensor  # int8 [Hkv, slots, D]
+    ints: torch.Tensor  # int8 [Hkv, slots, D]; uint8 [Hkv, slots, D / 2] where they are packed
     steps: torch.Tensor  # fp32 [Hkv, slots / 16]
+
+    @classmethod
+    def empty(
+        cls,
+        packed: bool,
+        means: int,
+        kv_heads: int,
+        slots: int,
+        head_dim: int,
+        device: torch.device,
+    ) -> Codes:
+        """Room for ``means`` mean keys and the codes of ``slots`` keys."""
+        width, dtype = (head_dim // 2, torch.uint8) if packed else (head_dim, torch.int8)
+        return cls(
+            torch.empty((means, kv_heads, head_dim), device=device),
+            torch.empty((kv_heads, slots, width), dtype=dtype, device=device),
+            torch.empty((kv_heads, slots // 16), device=device),
+        )
+
+    @property
+    def packed(self) -> bool:
+        """Whether two codes are in a byte."""
+        return self.ints.dtype == torch.uint8
+
+    @property
+    def nbytes(self) -> int:
+        """What they take."""
+        return sum(x.nbytes for x in self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +132,7 @@ def capacity_of(keys: int) -> int:
 
 
 def kept_bytes(streams: int, keys: int, kv_heads: int, head_dim: int) -> int:
-    """What `KeptCodes` of one number of bits take."""
+    """The most that `KeptCodes` of one number of bits take."""
     slots = streams * capacity_of(keys)
     return kv_heads * (slots * head_dim + slots // 16 * 4 + streams * head_dim * 4)
 
@@ -120,19 +149,16 @@ class KeptCodes:
         keys: int,
         kv_heads: int,
         head_dim: int,
-        bits: Iterable[int],
+        bits: Iterable[Bits],
         device: torch.device,
     ) -> None:
         slots = streams * capacity_of(keys)
-
-        def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-            return torch.empty(shape, dtype=dtype, device=device)
-
+        shape = streams, kv_heads, slots, head_dim
         self.by_bits = {
-            number: Codes(
-                empty(streams, kv_heads, head_dim),
-                empty(kv_heads, slots, head_dim, dtype=torch.int8),
-                empty(kv_heads, slots // 16),
-            )
-            for number in bits
+            kind: Codes.empty(packs(architecture(), kind), *shape, device) for kind in bits
         }
+
+    @property
+    def nbytes(self) -> int:
+        """What they take."""
+        return sum(codes.nbytes for codes in self.by_bits.values())

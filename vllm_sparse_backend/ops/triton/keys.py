@@ -3,6 +3,7 @@
 (`do_not_specialize`: a number that changes from step to step must not compile a kernel anew.)
 
 Codes and steps are those of `selection.estimate.quantize_keys`: groups of 16 keys share a step.
+4-bit floats lie two in a byte where they are multiplied as such, else each as an integer.
 Made anew in each step unless they are `kept`: the mean moves with the context.
 """
 
@@ -11,16 +12,52 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from vllm_sparse_backend.ops.triton.heads import CODES
+
+FP4 = tl.constexpr(CODES["fp4"])
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to an integer, half to even
 
 
 @triton.jit
-def round_codes(x, amax, limit: tl.constexpr):
-    """Integers of at most ``limit`` for ``x``, whose largest magnitude is ``amax``, as int8."""
+def round_codes(x, amax, limit: tl.constexpr, BITS: tl.constexpr):
+    """Codes of at most ``limit`` for ``x``, whose largest magnitude is ``amax``, as int8."""
     inverse = tl.where(amax == 0, 0.0, tl.div_rn(limit, tl.where(amax == 0, 1.0, amax)))
     scaled = x * inverse
     scaled = tl.where(scaled == scaled, scaled, 0.0)  # an input that is not finite
-    return tl.clamp((scaled + ROUND) - ROUND, -limit, limit).to(tl.int8)
+    if BITS == FP4:  # between powers of two there are two codes
+        size = tl.abs(scaled)
+        unit = tl.where(size >= 8.0, 4.0, tl.where(size >= 4.0, 2.0, 1.0))
+        rounded = ((scaled / unit + ROUND) - ROUND) * unit
+    else:
+        rounded = (scaled + ROUND) - ROUND
+    return tl.clamp(rounded, -limit, limit).to(tl.int8)
+
+
+@triton.jit
+def pack_codes(codes, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """4-bit floats, int8 [ROWS, WIDTH], as E2M1, uint8 [ROWS, WIDTH / 2]: even channels low."""
+    code = codes.to(tl.int32)
+    size = tl.abs(code)
+    magnitude = tl.where(size <= 4, size, tl.where(size <= 8, size // 2 + 2, 7))
+    nibble = magnitude | tl.where(code < 0, 8, 0)
+    low, high = tl.split(tl.reshape(nibble, [ROWS, WIDTH // 2, 2]))
+    return (low | high << 4).to(tl.uint8)
+
+
+@triton.jit
+def store_codes(
+    out, row, codes,
+    ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """``codes``, int8 [ROWS, BLOCK_D], into the rows ``row`` [ROWS] of ``out``."""
+    if PACKED:
+        byte = tl.arange(0, BLOCK_D // 2)
+        packed = pack_codes(codes, ROWS, BLOCK_D)
+        at = out + row[:, None] * (D // 2) + byte[None, :]
+        tl.store(at, packed, mask=(byte < D // 2)[None, :])
+    else:
+        channel = tl.arange(0, BLOCK_D)
+        tl.store(out + row[:, None] * D + channel[None, :], codes, mask=(channel < D)[None, :])
 
 
 @triton.jit
@@ -95,11 +132,12 @@ def code_keys(
     cache, block_table, chunks, means, codes, steps, key_slots,
     stride_block, stride_head, stride_token, stride_table,
     PAGE: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    LIMIT: tl.constexpr,
+    BITS: tl.constexpr, LIMIT: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """One program: the codes of a chunk's keys of one kv head.
 
-    Into int8 ``codes`` [Hkv, key_slots, D] and fp32 ``steps`` [Hkv, key_slots / 16].
+    Into ``codes``, int8 [Hkv, key_slots, D] or PACKED uint8 [Hkv, key_slots, D / 2], and fp32
+    ``steps`` [Hkv, key_slots / 16].
     """
     chunk, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     request = tl.load(chunks + chunk * 8).to(tl.int64)
@@ -120,8 +158,8 @@ def code_keys(
     size = tl.abs(groups)
     amax = tl.max(tl.max(size, 2), 1)  # [groups]
     bad = tl.max(tl.max(tl.where(size < float("inf"), 0, 1), 2), 1)
-    ints = tl.reshape(round_codes(groups, amax[:, None, None], LIMIT), [KEYS, BLOCK_D])
+    made = tl.reshape(round_codes(groups, amax[:, None, None], LIMIT, BITS), [KEYS, BLOCK_D])
     row = head * key_slots + slot + tl.arange(0, KEYS)
-    tl.store(codes + row[:, None] * D + channel[None, :], ints, mask=(channel < D)[None, :])
+    store_codes(codes, row, made, KEYS, D, BLOCK_D, PACKED)
     group = head * (key_slots // 16) + slot // 16 + tl.arange(0, KEYS // 16)
     tl.store(steps + group, step_of(amax, bad, LIMIT))

@@ -12,6 +12,8 @@ from typing import Final
 
 import torch
 
+from vllm_sparse_backend.selection import Bits
+
 DTYPES: Final = (torch.bfloat16, torch.float16, torch.float32)
 HEAD_DIMS: Final = (64, 80, 96, 112, 128, 192, 256)
 ARCHITECTURES: Final = (
@@ -32,18 +34,25 @@ class Shape:
 
 
 @dataclass(frozen=True, slots=True)
+class Score(Shape):
+    """How `score_tiles` is launched."""
+
+    parts: int  # in which the keys of a subtile lie in a product of its; see there
+    together: int  # `anchor_rows` programs whose rows one program scores
+    words: int = 4  # of 512 keys that one program scans
+
+
+@dataclass(frozen=True, slots=True)
 class Launch:
     """The launches of one layer."""
 
     keys: Shape  # `sum_keys` and `code_keys`; block: keys of a program
     anchor: Shape
-    score: Shape
+    score: Score
+    score_packed: Score | None  # where two codes are in a byte; see `packs`
     compact: Shape  # block: subtiles at a time
     attend: Shape
     attend_repeat: bool  # real channels are read once more in place of those that pad head_dim
-    score_words: int  # words of 512 keys that one `score_tiles` program scans
-    score_parts: int  # in which the keys of a subtile lie in a product of its; see there
-    score_together: int  # `anchor_rows` programs whose rows one `score_tiles` program scores
     share: int  # q heads of a group that are scored together
 
 
@@ -75,6 +84,12 @@ _SCORE_256: Final = {
 _SCORE_ROWS: Final = {"sm_90": 128, "sm_100": 128}
 # sm_103 has no such instruction for integers, and its registers do not hold eight heads' rows.
 _MOST_SHARED: Final = {"sm_103": 4}
+# The launches of scoring where 4-bit floats are multiplied as such, and of how many rows: a
+# fifth-generation matrix unit multiplies them by 128 rows only.
+_FP4: Final = {
+    "sm_100": (Shape(128, 4, 3), 128), "sm_103": (Shape(128, 4, 3), 128),
+    "sm_120": (Shape(64, 4, 3), 64), "gfx950": (Shape(64, 4, 3), 64),
+}  # fmt: skip
 # float32 has no matrix units on NVIDIA (TF32 would not be float32), and its products take the
 # registers. On AMD a thread has 256 of them with 8 waves, with 16 half as many; for sm_120 the
 # compiler makes do with 64 of them, and a few words of memory, for 8 warps and 16 keys.
@@ -111,10 +126,11 @@ def launch(arch: str, head_dim: int, group: int, dtype: torch.dtype) -> Launch:
     rows = 16 * padded(share)
     if full:
         anchor = Shape(16, 8, 1)
-    elif width == 256:  # 8 warps, for which sm_120's compiler makes do with too few registers
-        anchor = Shape(16, 8 if rows == 64 and arch != "sm_120" else 4, 1)
-    else:
-        anchor = Shape(width // 2, 8 if rows == 128 else 4, 1)
+    elif width == 256:
+        anchor = Shape(16, 8 if rows == 64 else 4, 1)
+    else:  # few keys for one head: packing its codes would take a word of memory
+        few = width == 128 and rows == 16 and arch in _FP4
+        anchor = Shape(width // (4 if few else 2), 8 if rows == 128 else 4, 1)
     score = _SCORE.get(arch, Shape(64, 4, 3))
     if head_dim == 256:
         score = _SCORE_256.get(arch, score)
@@ -122,15 +138,29 @@ def launch(arch: str, head_dim: int, group: int, dtype: torch.dtype) -> Launch:
     return Launch(
         keys=Shape(KEY_CHUNK, 8 if width == 256 else 4, 1),
         anchor=anchor,
-        score=score,
+        score=Score(score.block, score.warps, score.stages, _parts(arch, score.block), together),
+        score_packed=_score_packed(arch, width, rows),
         compact=Shape(1024, 4, 1),
         attend=(_ATTEND_FLOAT32.get(arch, _FLOAT32) if full else _ATTEND[arch])[width],
         attend_repeat=width != head_dim and arch in (_REPEAT_FLOAT32 if full else _REPEAT),
-        score_words=4,
-        score_parts=_parts(arch, score.block),
-        score_together=together,
         share=share,
     )
+
+
+def packs(arch: str, bits: Bits) -> bool:
+    """Whether such codes lie two in a byte: 4-bit floats, where there are matrix instructions for
+    them. Elsewhere they are multiplied as integers, for the same tiles."""
+    return bits == "fp4" and arch in _FP4
+
+
+def _score_packed(arch: str, width: int, rows: int) -> Score | None:
+    if arch not in _FP4:
+        return None
+    shape, at_once = _FP4[arch]
+    if arch == "sm_120" and width == 64:  # three stages would be unrolled, and spill
+        shape = Shape(64, 4, 2)
+    parts = 1 if arch in ("sm_100", "sm_103", "gfx950") else shape.block // 16
+    return Score(shape.block, shape.warps, shape.stages, parts, max(1, at_once // rows))
 
 
 def _parts(arch: str, keys: int) -> int:

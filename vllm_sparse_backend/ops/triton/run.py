@@ -12,7 +12,7 @@ from vllm_sparse_backend.ops.policies import PolicyTable
 from vllm_sparse_backend.ops.tiles import Q_BLOCK, SUBTILE
 from vllm_sparse_backend.ops.triton import attend, compact, keys, score
 from vllm_sparse_backend.ops.triton.clock import Clock
-from vllm_sparse_backend.ops.triton.heads import HeadTable, Kind, heads_of
+from vllm_sparse_backend.ops.triton.heads import CODES, HeadTable, Kind, heads_of
 from vllm_sparse_backend.ops.triton.kept import Codes, KeptCodes, capacity_of
 from vllm_sparse_backend.ops.triton.launch import (
     KEY_CHUNK,
@@ -21,9 +21,11 @@ from vllm_sparse_backend.ops.triton.launch import (
     Shape,
     architecture,
     launch,
+    packs,
     padded,
 )
 from vllm_sparse_backend.ops.triton.work import SLOT_ROWS, Work
+from vllm_sparse_backend.selection import Bits
 from vllm_sparse_backend.selection.estimate import KEY_CODES, QUERY_CODES
 
 SUMS_AT_ONCE: Final = 32  # of 128 keys each, in one `mean_keys` program
@@ -168,7 +170,7 @@ def _score(call: Call, kept: KeptCodes | None, clock: Clock | None) -> torch.Ten
     mask = call.empty(len(call.work.blocks), call.num_heads, words, dtype=torch.int32).zero_()
     for bits in call.heads.bits:
         _mark(clock, "pack")
-        codes = _codes(call) if kept is None else kept.by_bits[bits]
+        codes = _codes(call, bits) if kept is None else kept.by_bits[bits]
         _quantize(call, bits, codes)
         _mark(clock, "select")
         _score_bits(call, bits, codes, mask)
@@ -176,18 +178,20 @@ def _score(call: Call, kept: KeptCodes | None, clock: Clock | None) -> torch.Ten
     return mask
 
 
-def _codes(call: Call) -> Codes:
-    """Where keys become integers, for one step."""
-    work, dim = call.work, call.q.shape[2]
-    slots = sum(capacity_of(context) for _, context in work.lengths)
-    return Codes(
-        means=call.empty(len(work.spans), call.kv_heads, dim),
-        ints=call.empty(call.kv_heads, slots, dim, dtype=torch.int8),
-        steps=call.empty(call.kv_heads, slots // 16),
-    )
+def _codes(call: Call, bits: Bits) -> Codes:
+    """Where keys' codes go, for one step."""
+    slots = sum(capacity_of(context) for _, context in call.work.lengths)
+    means, dim = len(call.work.spans), call.q.shape[2]
+    packed = packs(architecture(), bits)
+    return Codes.empty(packed, means, call.kv_heads, slots, dim, call.q.device)
 
 
-def _quantize(call: Call, bits: int, codes: Codes) -> None:
+def _coded(bits: Bits, codes: Codes) -> dict[str, int]:
+    """What every kernel that sees codes is compiled for."""
+    return {"BITS": CODES[bits], "PACKED": codes.packed}
+
+
+def _quantize(call: Call, bits: Bits, codes: Codes) -> None:
     """The requests' keys into ``codes``, those of them that the work says; see `keys`."""
     work, how = call.work, call.how
     options = _options(how.keys)
@@ -203,22 +207,26 @@ def _quantize(call: Call, bits: int, codes: Codes) -> None:
     keys.code_keys[(len(work.chunks), call.kv_heads)](
         call.kv_cache, call.block_table, work.chunks, codes.means, codes.ints, codes.steps,
         codes.ints.shape[1], *call.cache_strides,
-        KEYS=how.keys.block, LIMIT=KEY_CODES[bits], **call.paged, **options,
+        KEYS=how.keys.block, LIMIT=KEY_CODES[bits], **_coded(bits, codes), **call.paged, **options,
     )  # fmt: skip
 
 
-def _score_bits(call: Call, bits: int, codes: Codes, mask: torch.Tensor) -> None:
+def _score_bits(call: Call, bits: Bits, codes: Codes, mask: torch.Tensor) -> None:
     """Set the bits of the tiles that heads with such codes score above their threshold."""
     work, heads, how = call.work, call.heads, call.how
-    slots = work.slots(heads.tail, heads.slots, how.score_together)
+    scoring = how.score_packed if codes.packed else how.score
+    assert scoring is not None
+    slots = work.slots(heads.tail, heads.slots, scoring.together)
     share_rows = SLOT_ROWS * padded(how.share)
     programs, shares, words = len(slots), call.num_heads // how.share, mask.shape[2]
-    row_codes = call.empty(programs, shares, share_rows, call.q.shape[2], dtype=torch.int8)
+    width, dtype = codes.ints.shape[2], codes.ints.dtype
+    row_codes = call.empty(programs, shares, share_rows, width, dtype=dtype)
     slopes, biases = (
         call.empty(programs, shares, share_rows),
         call.empty(programs, shares, share_rows),
     )
-    shared = {"GROUP": call.group, "SHARE": how.share, "SHARE_ROWS": share_rows, "BITS": bits}
+    shared = {"GROUP": call.group, "SHARE": how.share, "SHARE_ROWS": share_rows}
+    shared |= _coded(bits, codes)
     score.anchor_rows[(programs, shares)](
         call.q, call.kv_cache, call.block_table, codes.means, work.blocks, work.spans, slots,
         heads.ints, heads.floats, row_codes, slopes, biases, call.scale,
@@ -226,13 +234,13 @@ def _score_bits(call: Call, bits: int, codes: Codes, mask: torch.Tensor) -> None
         LIMIT=QUERY_CODES[bits], KEYS=how.anchor.block,
         **shared, **call.paged, **_options(how.anchor),
     )  # fmt: skip
-    score.score_tiles[(programs // how.score_together, shares, -(-words // how.score_words))](
+    score.score_tiles[(programs // scoring.together, shares, -(-words // scoring.words))](
         codes.ints, codes.steps, row_codes, slopes, biases, slots, work.blocks, heads.ints,
         heads.floats, mask, codes.ints.shape[1], words,
-        HEADS=call.num_heads, BLOCK_N=how.score.block, WORDS=how.score_words,
+        HEADS=call.num_heads, BLOCK_N=scoring.block, WORDS=scoring.words,
         HAS_SALE=Kind.SALE in heads.kinds, HAS_MASS=Kind.MASS in heads.kinds,
-        WIDE=heads.wide, PARTS=how.score_parts, TOGETHER=how.score_together,
-        **shared, **call.channels, **_options(how.score),
+        WIDE=heads.wide, PARTS=scoring.parts, TOGETHER=scoring.together,
+        **shared, **call.channels, **_options(scoring),
     )  # fmt: skip
 
 

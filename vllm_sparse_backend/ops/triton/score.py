@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from vllm_sparse_backend.ops.triton.heads import Kind
-from vllm_sparse_backend.ops.triton.keys import load_keys, round_codes, step_of
+from vllm_sparse_backend.ops.triton.keys import load_keys, round_codes, step_of, store_codes
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 ONE_OCTAVE = tl.constexpr(8388608.0)  # between two powers of 2, in the bits of a float
@@ -44,14 +44,14 @@ def anchor_rows(
     stride_block, stride_head, stride_token, stride_table,
     GROUP: tl.constexpr, SHARE: tl.constexpr, SHARE_ROWS: tl.constexpr,
     PAGE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BITS: tl.constexpr, LIMIT: tl.constexpr, KEYS: tl.constexpr,
+    BITS: tl.constexpr, LIMIT: tl.constexpr, PACKED: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """One program: up to 16 scored rows of one q block, for SHARE q heads of one kv head.
 
     Their exact scores over sink and local tiles give each its maximum and sum, and these its
-    threshold. Writes per row the int8 ``codes`` [N, Hq / SHARE, M, D], ``slopes`` (scale times the
-    row's step) and ``biases`` (what its estimate lacks of the threshold at a product of 0), fp32
-    [N, Hq / SHARE, M]; M is 16 rows of each of SHARE_ROWS / 16 heads.
+    threshold. Writes per row the ``codes`` [N, Hq / SHARE, M, D or D / 2], as keys' are,
+    ``slopes`` (scale times the row's step) and ``biases`` (what its estimate lacks of the threshold
+    at a product of 0), fp32 [N, Hq / SHARE, M]; M is 16 rows of each of SHARE_ROWS / 16 heads.
     """
     program, share = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     kv_head = share * SHARE // GROUP
@@ -135,9 +135,8 @@ def anchor_rows(
     bad = tl.max(tl.where(tl.abs(x) < float("inf"), 0, 1), 1)
     bias = scale * tl.sum(x * mean[None, :], 1) - threshold
     out = (program * tl.num_programs(1) + share) * SHARE_ROWS + row
-    tl.store(
-        codes + out[:, None] * D + channel[None, :], round_codes(x, amax[:, None], LIMIT), mask=wide
-    )
+    own_codes = round_codes(x, amax[:, None], LIMIT, BITS)
+    store_codes(codes, out, own_codes, SHARE_ROWS, D, BLOCK_D, PACKED)
     # A row that is not scored has a bias that nothing makes up for.
     tl.store(slopes + out, tl.where(scored, scale * step_of(amax, bad, LIMIT), 0.0))
     tl.store(biases + out, tl.where(scored, bias, float("-inf")))
@@ -160,6 +159,21 @@ def mass_of(products, unit, bias):
 
 
 @triton.jit
+def multiply(
+    queries, keys,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, BLOCK_D: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """Codes' products [ROWS, KEYS]: int32, or, of packed ones, fp32 and a quarter of it, since E2M1
+    counts in halves. Both are exact: a product is 144 at most, a sum of 256 below 2^24."""
+    if PACKED:  # as MXFP4 with every scale 2^0
+        one = tl.full([ROWS, BLOCK_D // 32], 127, tl.uint8)
+        ones = tl.full([KEYS, BLOCK_D // 32], 127, tl.uint8)
+        return tl.dot_scaled(queries, one, "e2m1", keys, ones, "e2m1", out_dtype=tl.float32)
+    else:
+        return tl.dot(queries, keys, out_dtype=tl.int32)
+
+
+@triton.jit
 def _either(a, b):
     return a | b
 
@@ -169,7 +183,7 @@ def score_tiles(
     key_codes, key_steps, row_codes, slopes, biases, slots, blocks, ints, floats, mask,
     key_slots, words,
     HEADS: tl.constexpr, GROUP: tl.constexpr, SHARE: tl.constexpr, SHARE_ROWS: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BITS: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BITS: tl.constexpr, PACKED: tl.constexpr,
     BLOCK_N: tl.constexpr, WORDS: tl.constexpr,
     HAS_SALE: tl.constexpr, HAS_MASS: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr,
     TOGETHER: tl.constexpr,
@@ -209,12 +223,15 @@ def score_tiles(
     last_word = tl.minimum((tl.program_id(2) + 1) * WORDS, tl.cdiv(stop, 512))
 
     row = tl.arange(0, ROWS)
-    channel = tl.arange(0, BLOCK_D)
+    # Of two channels where codes are packed.
+    BYTES: tl.constexpr = D // 2 if PACKED else D
+    BLOCK_B: tl.constexpr = BLOCK_D // 2 if PACKED else BLOCK_D
+    byte = tl.arange(0, BLOCK_B)
     in_rows = program * TOGETHER + row // SHARE_ROWS
     in_rows = (in_rows * tl.num_programs(1) + share) * SHARE_ROWS + row % SHARE_ROWS
     queries = tl.load(
-        row_codes + in_rows[:, None] * D + channel[None, :], mask=(channel < D)[None, :], other=0
-    )  # int8 [M, BLOCK_D]
+        row_codes + in_rows[:, None] * BYTES + byte[None, :], mask=(byte < BYTES)[None, :], other=0
+    )  # [M, BLOCK_B]
     slope, bias = tl.load(slopes + in_rows), tl.load(biases + in_rows)
     if HAS_MASS:
         row_of = row % SHARE_ROWS // 16
@@ -231,8 +248,8 @@ def score_tiles(
     key_lane = column % WIDTH // RUN * 16 + column // WIDTH * RUN + column % RUN
     # Slots are multiples of 512, which lets steps be read four at a time.
     step_at = key_steps + tl.multiple_of(kv_head * (key_slots // 16) + base // 16, 32)
-    key_at = key_codes + (kv_head * key_slots + base) * D
-    places = key_lane[None, :] * D + channel[:, None]
+    key_at = key_codes + (kv_head * key_slots + base) * BYTES
+    places = key_lane[None, :] * BYTES + byte[:, None]
     # What a key's product must exceed, in units of its step. Where a row is all zeros, any or none.
     least = tl.div_rn(-bias, slope)
     if HAS_MASS:
@@ -243,13 +260,15 @@ def score_tiles(
         bits = tl.zeros([ROWS, N], tl.int32)
         for part in range(512 // BLOCK_N):  # from the last: each moves the bits of those before
             key = word * 512 + 512 - BLOCK_N - part * BLOCK_N
-            at = key_at + key * D + places
+            at = key_at + key * BYTES + places
             if BLOCK_D == D:
                 keys = tl.load(at)
             else:
-                keys = tl.load(at, mask=(channel < D)[:, None], other=0)
-            product = tl.dot(queries, keys, out_dtype=tl.int32)  # [M, BLOCK_N]
+                keys = tl.load(at, mask=(byte < BYTES)[:, None], other=0)
+            product = multiply(queries, keys, ROWS, BLOCK_N, BLOCK_D, PACKED)  # [M, BLOCK_N]
             step = tl.load(step_at + tl.multiple_of(key // 16, BLOCK_N // 16) + tl.arange(0, N))
+            if PACKED:
+                step *= 4.0
             groups = tl.reshape(product, [ROWS, PARTS, N, 16 // PARTS])
             keep = tl.zeros([ROWS, N], tl.int1)
             if HAS_SALE:

@@ -96,7 +96,7 @@ struct Memory {
   }
 };
 
-constexpr int kCodeBits[3] = {8, 6, 4};  // of KvHead::codes
+constexpr int kCodeBits[4] = {8, 6, 4, VSB_FP4};  // of KvHead::codes
 
 bool needs_codes(const VsbPolicy &p, int32_t seq_len, int bits) {
   return is_followed(p, seq_len) && is_scored(p) && p.tau > 0 && p.bits == bits;
@@ -109,7 +109,7 @@ KvHead lay_out(const VsbProblem &p, const VsbRequest &request, int32_t head, Mem
   const int64_t subs = pages * (p.page_size / kSub);
   KvHead kv = {&request, head, nullptr, nullptr, {}};
   const VsbPolicy *policies = p.policies + head * group;
-  for (int i = 0; i < 3; i++) {
+  for (int i = 0; i < 4; i++) {
     const bool needed = std::any_of(policies, policies + group, [&](const VsbPolicy &policy) {
       return needs_codes(policy, request.seq_len, kCodeBits[i]);
     });
@@ -256,7 +256,7 @@ void forward(const VsbProblem &p, const Kernels &k) {
 
 extern "C" {
 
-int32_t vsb_abi(void) { return 7; }
+int32_t vsb_abi(void) { return 8; }
 
 const char *vsb_isas(void) {
   static const std::string names = [] {

@@ -19,12 +19,14 @@ enum VsbLayout { VSB_VEC = 0, VSB_AMX = 1 };
 
 enum VsbSelector { VSB_DENSE = 0, VSB_STATIC = 1, VSB_SALE = 2, VSB_LIST = 3, VSB_MASS = 4 };
 
+enum VsbBits { VSB_FP4 = 14 };  // or 4, 6, 8: of integers
+
 struct VsbPolicy {
   int32_t selector;
   int32_t tile;  // key tokens: 16, 32 or 64
   int32_t sink, local;
   int32_t growth;  // of the window, in 1/65536 of the context
-  int32_t bits;    // 4, 6 or 8
+  int32_t bits;    // of codes: 4, 6, 8 or VSB_FP4
   int32_t row_stride, tail;
   int32_t dense_below;  // tokens of context from which on the policy is followed
   float tau;

@@ -22,7 +22,7 @@ struct KvHead {
   int32_t head;
   double *page_sums;  // [pages][head_dim]
   float *mean;        // [head_dim], over all seq_len keys
-  KeyCodes codes[3];  // for 8, 6 and 4 bits; codes == nullptr where no head asks for it
+  KeyCodes codes[4];  // for 8, 6, 4 bits and VSB_FP4; codes == nullptr where no head asks for it
 };
 
 struct ItemStats {

@@ -2,7 +2,7 @@
 //
 // Per kv head: the keys' mean over the whole context is taken off (it adds the same to every
 // score of a query row, so it is added back there), then every kSub keys share one step,
-// max |k - mean| / (127, 31 or 7), and are rounded to nearest even. SALE (arXiv 2505.24179).
+// max |k - mean| / (127, 31, 7 or 12), and are rounded to nearest even. SALE (arXiv 2505.24179).
 #pragma once
 
 #include "pack.h"
@@ -31,12 +31,23 @@ struct Codes<4> {
   static constexpr int kIndex = 2, kShift = 8, kRun = 64;
   static constexpr float kQueryMax = 7, kKeyMax = 7;
 };
+template <>
+struct Codes<VSB_FP4> {
+  static constexpr int kIndex = 3, kShift = 16, kRun = 32;
+  static constexpr float kQueryMax = 12, kKeyMax = 12;
+};
 
 // x * inverse, rounded to the nearest code. The clamping lies between the product and the
 // rounding so that the compiler makes no fused multiply-add of them: in 16-bit inputs half a
 // step is common, and which way it goes must not depend on bits that fp32 products lack.
+template <int Bits>
 VSB_INLINE vi to_codes(vf x, float inverse, float limit) {
-  return round_to_int(max(min(x * inverse, splat(limit)), splat(-limit)));
+  const vf scaled = max(min(x * inverse, splat(limit)), splat(-limit));
+  if constexpr (Bits != VSB_FP4) return round_to_int(scaled);
+  // Two codes between powers of two: even numbers from 4 on, multiples of 4 from 8 on.
+  const vi from_4 = abs(scaled) >= splat(4.0f), from_8 = abs(scaled) >= splat(8.0f);
+  const vf per_unit = from_8 ? splat(0.25f) : from_4 ? splat(0.5f) : splat(1.0f);
+  return round_to_int(scaled * per_unit) << -(from_4 + from_8);
 }
 
 // The keys of a page summed, in double: of 16-bit inputs the sums are then exact, whatever the
@@ -84,7 +95,7 @@ VSB_INLINE void encode_keys(const float *keys, int head_dim, float bound, int su
     for (int w = 0; w < kSub; w += kLanes) {
       vi word = {};  // 4 codes of each key, first channel lowest
       for (int j = 0; j < 4; j++) {
-        const vi c = to_codes(load(keys + (d + j) * kSub + w), inverse, Codes<Bits>::kKeyMax);
+        const vi c = to_codes<Bits>(load(keys + (d + j) * kSub + w), inverse, Codes<Bits>::kKeyMax);
         sums[w / kLanes] += c;
         word |= (c & 0xff) << (8 * j);
       }
@@ -124,6 +135,7 @@ void quantize_keys(const VsbProblem &p, const KvHead &kv, int32_t page) {
     if (kv.codes[0].codes) encode_keys<8>(keys, D, bound, s, kv.codes[0]);
     if (kv.codes[1].codes) encode_keys<6>(keys, D, bound, s, kv.codes[1]);
     if (kv.codes[2].codes) encode_keys<4>(keys, D, bound, s, kv.codes[2]);
+    if (kv.codes[3].codes) encode_keys<VSB_FP4>(keys, D, bound, s, kv.codes[3]);
   }
 }
 

@@ -40,13 +40,17 @@ struct Rows {
 };
 
 // One row's codes as the lane of its group. Returns the size of a code's unit.
-VSB_INLINE float encode_row(const float *q, int head_dim, float limit, int shift, int32_t *lane) {
+template <int Bits>
+VSB_INLINE float encode_row(const float *q, int head_dim, int32_t *lane) {
+  constexpr float limit = Codes<Bits>::kQueryMax;
+  constexpr int shift = Codes<Bits>::kShift;
   vf most = {};
   for (int d = 0; d < head_dim; d += kLanes) most = max(abs(load(q + d)), most);
   const float bound = hmax(most), inverse = bound > 0 ? limit / bound : 0;
   alignas(64) uint8_t codes[kMaxHeadDim];
   for (int d = 0; d < head_dim; d += kLanes)
-    store_as(codes + d, __builtin_convertvector(to_codes(load(q + d), inverse, limit) + shift, vb));
+    store_as(codes + d,
+             __builtin_convertvector(to_codes<Bits>(load(q + d), inverse, limit) + shift, vb));
   for (int step = 0; step < head_dim / 4; step++)
     memcpy(lane + step * kRowGroup, codes + 4 * step, 4);
   return bound / limit;
@@ -98,8 +102,7 @@ void encode_rows_in(const VsbProblem &p, const KvHead &kv, const Rows<T> &rows, 
       store(x + d, part);
     }
     const int group = scored / kRowGroup, lane = scored % kRowGroup;
-    const float step = encode_row(x, D, Codes<Bits>::kQueryMax, Codes<Bits>::kShift,
-                                  out.codes + group * kRowGroup * D / 4 + lane);
+    const float step = encode_row<Bits>(x, D, out.codes + group * kRowGroup * D / 4 + lane);
     const float offset = hsum(mean) * base2 - maxima[r] - __builtin_log2f(tau * sums[r]);
     const float scale = step * base2 * unit;
     const bool judged = offset == offset && scale * 0 == 0;
@@ -124,7 +127,8 @@ void encode_rows(const VsbProblem &p, const KvHead &kv, const Rows<T> &rows, con
   const int bits = choice.policy->bits;
   auto encode = bits == 8   ? encode_rows_in<8, T>
                 : bits == 6 ? encode_rows_in<6, T>
-                            : encode_rows_in<4, T>;
+                : bits == 4 ? encode_rows_in<4, T>
+                            : encode_rows_in<VSB_FP4, T>;
   encode(p, kv, rows, maxima, sums, choice);
 }
 
@@ -176,6 +180,14 @@ void mark_tiles(const VsbProblem &p, const KvHead &kv, Choice *const *choices, i
   }
 }
 
+template <class Rule>
+auto mark_tiles_for(int bits) {
+  return bits == 8   ? mark_tiles<8, Rule>
+         : bits == 6 ? mark_tiles<6, Rule>
+         : bits == 4 ? mark_tiles<4, Rule>
+                     : mark_tiles<VSB_FP4, Rule>;
+}
+
 // Sets `keep` in the gap between each head's sink and local window. Heads without rows to judge by
 // keep nothing there.
 inline void select_scored(const VsbProblem &p, const KvHead &kv, Choice *choices, int group) {
@@ -190,12 +202,8 @@ inline void select_scored(const VsbProblem &p, const KvHead &kv, Choice *choices
           other.bits == policy.bits && other.tile == policy.tile)
         alike[count++] = choices + i;
     }
-    auto mark = policy.selector == VSB_MASS ? (policy.bits == 8   ? mark_tiles<8, MassRule>
-                                               : policy.bits == 6 ? mark_tiles<6, MassRule>
-                                                                  : mark_tiles<4, MassRule>)
-                                            : (policy.bits == 8   ? mark_tiles<8, PeakRule>
-                                               : policy.bits == 6 ? mark_tiles<6, PeakRule>
-                                                                  : mark_tiles<4, PeakRule>);
+    auto mark = policy.selector == VSB_MASS ? mark_tiles_for<MassRule>(policy.bits)
+                                            : mark_tiles_for<PeakRule>(policy.bits);
     mark(p, kv, alike, count);
     for (int i = 0; i < count; i++) alike[i]->rows.groups = 0;
   }
