@@ -28,22 +28,21 @@ from vllm_sparse_backend.selection import UNIFORM_DEFAULT
 LAYERS, HEADS, KV_HEADS, DIM = 32, 32, 8, 128  # Llama-3.1-8B
 GROUP = HEADS // KV_HEADS
 ROWS: Final = Q_BLOCK // UNIFORM_DEFAULT.row_stride * GROUP  # scored together
-CHUNK: Final = 2048
 
 
 @dataclass(frozen=True, slots=True)
 class Way:
     """To prefill a prompt."""
 
-    chunk: int = 1 << 30
+    chunked: bool = True  # by vLLM's own default for the GPU
     kept: bool = False  # codes, from one chunk to the next
     fp4: bool = False  # codes are 4-bit floats, multiplied as such
 
     @property
     def name(self) -> str:
         """For people."""
-        chunks = f"in chunks of {self.chunk}" if self.chunk <= CHUNK else "whole"
-        return chunks + (", codes kept" if self.kept else "") + (", fp4" if self.fp4 else "")
+        text = "in chunks" if self.chunked else "whole"
+        return text + (", codes kept" if self.kept else "") + (", fp4" if self.fp4 else "")
 
     @property
     def policies(self) -> str:
@@ -51,10 +50,11 @@ class Way:
         return "sale fp4" if self.fp4 else "sale"
 
 
-WAYS: Final = (
-    Way(CHUNK), Way(CHUNK, kept=True), Way(),
-    Way(CHUNK, fp4=True), Way(CHUNK, kept=True, fp4=True), Way(fp4=True),
-)  # fmt: skip
+WAYS: Final = tuple(
+    Way(chunked, kept, fp4)
+    for fp4 in (False, True)
+    for chunked, kept in ((True, False), (True, True), (False, False))
+)
 # docs/limits.md, the default policy: SmolLM2's layers on real text up to 16K, generated input for a
 # Llama layer from there on.
 DENSITY: Final = {8192: 0.305, 16384: 0.274, 32768: 0.077, 65536: 0.059, 131072: 0.052}
@@ -90,7 +90,7 @@ def predict(
     gpu: Gpu, kernels: dict[str, Result], tokens: int, density: float, way: Way
 ) -> Prediction:
     """One prompt of ``tokens``, by ``kernels`` compiled for the GPU's architecture."""
-    step = min(way.chunk, tokens)
+    step = min(gpu.chunk, tokens) if way.chunked else tokens
     contexts = range(step, tokens + 1, step)
     blocks = tokens // Q_BLOCK
     pairs = tokens * tokens / 2 / Q_BLOCK  # (q block, causal key)
@@ -183,6 +183,7 @@ Densities are measured ones (limits.md): {density}. Up to 16K they are of SmolLM
 32K on of generated input for a Llama layer, which explains the step between them.
 
 *Dense*: {dense}.
+*In chunks*: as a server has them unless told otherwise, of {chunks} tokens.
 *Selection*: all but attention, in percent of dense. *Codes kept*: with `kept_prompts`, which for a
 prompt of 128K takes {kept_gib:.1f} GiB; without it a chunk's keys are all quantized anew. *fp4*:
 with `"bits": "fp4"`, codes that the matrix units multiply as 4-bit floats and that take half the
@@ -198,6 +199,7 @@ def page(predictions: list[Prediction]) -> str:
     text = _HEAD.format(
         density=", ".join(f"{d:.3f} at {n // 1024}K" for n, d in DENSITY.items()),
         dense=", ".join(f"{g.dense} at {g.dense_share:.0%} of {g.name}'s peak" for g in GPUS),
+        chunks=", ".join(f"{g.chunk} ({g.name})" for g in GPUS),
         kept_gib=kept_bytes(1, 131072, KV_HEADS, DIM) * LAYERS / 2**30,
         shares=_shares([p for p in predictions if p.tokens == 65536]),
     )
