@@ -73,8 +73,9 @@ test-all: lint ## the same with the slow and exhaustive tests
 gpu-check: setup ## compile every GPU kernel for every architecture, no GPU needed; docs/gpu-check.md
 	$(BIN)/python -m tools.gpu_check $(ARGS)
 
-gpu-model: setup ## predict times on GPUs from what was compiled; docs/gpu-model.md
+gpu-model: setup ## predict times on GPUs from what was compiled; docs/gpu-model.md, ops/triton/rates.json
 	$(BIN)/python -m tools.gpu_check.model $(ARGS)
+	$(BIN)/python -m tools.gpu_check.rates
 
 lint: setup ## ruff, mypy, clang-format, yamllint and hadolint; changes nothing
 	$(SAY) "linters"

@@ -7,7 +7,9 @@
     python loadtest/kernels.py --shape llama --length 65536 --input generated --chunks 4 --plots out
 
 Every repetition runs all contenders one after the other, so that a noisy machine is noisy for
-all of them alike; ratios are of medians. No ratio is given for a result that is too far from exact
+all of them alike; ratios are of medians. On a GPU a call is one of several layers' that are
+launched one after the other, its work planned before, as in a step of a server; the phases are
+those of another run. No ratio is given for a result that is too far from exact
 attention (--budget; for what keeps every tile 0.01), or that misses a needle.
 """
 
@@ -24,7 +26,7 @@ import typer
 from capture import LAYERS, captured
 from generate import generate
 from inputs import SHAPES, Layer, Shape, plan_steps, random_layer
-from machines import machine
+from machines import Machine, machine
 from measure import Contender, console, measure
 from quality import Task
 from results import Report, draw, table
@@ -44,6 +46,11 @@ def _policy(text: str) -> Any:
         raise typer.BadParameter(f"{text}: {error}") from error
 
 
+def heads_measured(shape: Shape, length: int, here: Machine) -> Shape:
+    """As many of a layer's heads as are measured: all, unless it would take a CPU too long."""
+    return shape if here.whole else shape.measured(length)
+
+
 def _layers(
     kind: Input, name: str, shape: Shape, length: int, text: Task, seed: int
 ) -> list[Layer]:
@@ -52,7 +59,7 @@ def _layers(
             raise typer.BadParameter(f"captured input: want the shape smollm2, got {name}")
         return captured(length, text)
     make = generate if kind is Input.GENERATED else random_layer
-    return [make(shape.measured(length), length, torch.bfloat16, seed)]
+    return [make(shape, length, torch.bfloat16, seed)]
 
 
 def main(
@@ -78,7 +85,11 @@ def main(
     threads: Annotated[int, typer.Option(help="0: as many as there are cores.")] = 1,
     repeats: Annotated[int, typer.Option(min=1)] = 3,
     impl: Annotated[
-        str, typer.Option(help="cpu, against CPU_ATTN; or triton, on a GPU, against FLASH_ATTN.")
+        str,
+        typer.Option(
+            help="cpu, against CPU_ATTN; or triton, on a GPU, against FLASH_ATTN, or TRITON_ATTN "
+            "where vLLM has none."
+        ),
     ] = "cpu",
     isa: Annotated[str | None, typer.Option(help="Force an instruction set.")] = None,
     budget: Annotated[float, typer.Option(help="Relative L1 beyond which no ratio.")] = 0.03,
@@ -120,12 +131,12 @@ def main(
     for name in shape:
         for tokens in length:
             console.print(f"{name}, {tokens:,} tokens, {kind}")
-            model, measured = SHAPES[name], SHAPES[name].measured(tokens)
-            if kind is Input.CAPTURED:
-                measured = model
+            model = measured = SHAPES[name]
+            if kind is not Input.CAPTURED:
+                measured = heads_measured(model, tokens, here)
             layers = [
                 each.to(getattr(torch, dtype))
-                for each in _layers(kind, name, model, tokens, text, seed)
+                for each in _layers(kind, name, measured, tokens, text, seed)
             ]
             heads = layers[0].q.shape[1]
             contenders: dict[str, Contender] = {

@@ -10,10 +10,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from contenders import Run, cpu_attn, flash_attn
+from contenders import Run, cpu_attn, flash_attn, triton_attn
 from inputs import Layer
 
 from vllm_sparse_backend.ops.cpu import core
+
+LAYERS = 8  # of a step on a GPU, timed together
 
 
 def _at_once() -> None:
@@ -32,6 +34,10 @@ class Machine:
     baselines: dict[str, Callable[[Layer], Run]]  # vLLM's own attention
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     wait: Callable[[], None] = _at_once  # until what was launched is done
+    # Calls that are timed together: the layers of a server's step are launched one after the other,
+    # and none is waited for.
+    calls: int = 1
+    whole: bool = False  # layers are measured as they are, with all heads, however long the prompt
 
 
 def machine(impl: str, threads: int, isa: str | None) -> Machine:
@@ -59,18 +65,30 @@ def _cpu(threads: int, isa: str | None) -> Machine:
 def _gpu() -> Machine:
     if not torch.cuda.is_available():
         raise RuntimeError("impl 'triton': want a GPU that torch can use, got none")
+    from vllm_sparse_backend.ops.triton.launch import architecture
+
     device = torch.device("cuda")
     properties = torch.cuda.get_device_properties(device)
     return Machine(
         impl="triton",
-        name=f"sm_{properties.major}{properties.minor}",
+        name=architecture(),
         features=[properties.name, f"{properties.multi_processor_count} multiprocessors"],
         threads=1,
         peak_gops=_gpu_peaks(device),
-        baselines={"FLASH_ATTN": flash_attn},
+        baselines=gpu_baselines(),
         device=device,
         wait=torch.cuda.synchronize,
+        calls=LAYERS,
+        whole=True,
     )
+
+
+def gpu_baselines() -> dict[str, Callable[[Layer], Run]]:
+    """What the backend stands before on this GPU: FLASH_ATTN, or where vLLM finds none to run, as
+    on ROCm, TRITON_ATTN."""
+    from vllm_sparse_backend.backend.cuda_flash import available
+
+    return {"FLASH_ATTN": flash_attn} if available() else {"TRITON_ATTN": triton_attn}
 
 
 def _interpreter() -> Machine:

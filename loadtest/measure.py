@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import TypeAlias
 
-from contenders import Ours, Run, pack, sdpa
+from contenders import Run, ours_of, pack, sdpa
 from inputs import Layer, Plan
 from machines import Machine
 from pydantic import BaseModel
@@ -139,20 +139,22 @@ def _time_step(
 ) -> None:
     there, impl = layer.to(machine.device), machine.impl
     cache = pack(there, impl)
-    ours = {name: Ours(there, policy, cache, impl) for name, policy in policies.items()}
+    ours = {name: ours_of(there, policy, cache, impl) for name, policy in policies.items()}
     runs: dict[str, Run] = {**ours, **{name: make(there) for name, make in baselines.items()}}
     if machine.device.type != "cpu":
         for run in runs.values():  # which compiles what is compiled at a first call
             run()
-        for own in ours.values():
-            own.stats.clear()
         machine.wait()
     for repeat in range(repeats):
         for name, run in runs.items():
             began = time.perf_counter()
-            run()
+            for _ in range(machine.calls):
+                run()
             machine.wait()
-            times[name].seconds[repeat] += weight * (time.perf_counter() - began)
+            took = (time.perf_counter() - began) / machine.calls
+            times[name].seconds[repeat] += weight * took
+        for own in ours.values():
+            own.account()
     truth = Truth(layer)
     for name, own in ours.items():
         for repeat, stats in enumerate(own.stats):

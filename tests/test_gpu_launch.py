@@ -12,6 +12,7 @@ from vllm_sparse_backend.ops.triton.launch import (
     DTYPES,
     HEAD_DIMS,
     MOST_SHARED,
+    MOST_TOGETHER,
     launch,
     packs,
     padded,
@@ -34,6 +35,7 @@ def test_every_layer_has_a_launch(arch: str) -> None:
         assert how.attend.block % 16 == how.anchor.block % 16 == how.score.block % 16 == 0
         for score in (how.score, how.score_packed):
             if score is not None:
+                assert 1 <= score.together <= MOST_TOGETHER
                 assert 512 % score.block == score.block % (16 * score.parts) % 16 == 0
         assert packs(arch, "fp4") is (how.score_packed is not None)
         assert not packs(arch, 4)

@@ -15,6 +15,7 @@ from _gpu_batch import GpuGroup, Request, Told, common_of
 from vllm.sampling_params import SamplingParams
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
+from tools.gpu_check.stub import stub_driver
 from vllm_sparse_backend import compat, compat_requests
 from vllm_sparse_backend.backend import start
 from vllm_sparse_backend.errors import ConfigError
@@ -26,7 +27,8 @@ SECTION = {"min_prompt_tokens": 512, "kept_prompts": 2}
 @pytest.fixture(scope="module", autouse=True)
 def _process(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Iterator[None]:
     folder = tmp_path_factory.mktemp("parallel")
-    with pytest.MonkeyPatch.context() as patch, one_rank(folder, tiny_llama):
+    patches = pytest.MonkeyPatch.context()
+    with patches as patch, one_rank(folder, tiny_llama), stub_driver("sm_90"):
         patch.setitem(vars(kernels), "warm_up", lambda *_: 0.0)  # there is no GPU to compile for
         yield
 

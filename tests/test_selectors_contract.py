@@ -24,15 +24,11 @@ from _tiles import assert_same_tiles
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_sparse_backend.backend import start
-from vllm_sparse_backend.backend.start import Setup
-from vllm_sparse_backend.config import SparseConfig
-from vllm_sparse_backend.errors import ConfigError, SelectorError
+from vllm_sparse_backend.errors import SelectorError
 from vllm_sparse_backend.ops import PolicyTable, select_tiles, sparse_attention
 from vllm_sparse_backend.ops.cpu import cost
 from vllm_sparse_backend.ops.listed import rehearse
 from vllm_sparse_backend.ops.policies import Place
-from vllm_sparse_backend.profile import ModelFacts, Profile
 from vllm_sparse_backend.selection import (
     DENSE,
     AnyPolicy,
@@ -49,9 +45,6 @@ from vllm_sparse_backend.selection.static import always_kept
 from vllm_sparse_backend.selection.view import View
 
 SHAPES = [(1, 1), (64, 64), (65, 400), (1, 400), (100, 463), (700, 700), (500, 1203)]
-FACTS = ModelFacts(
-    architecture="LlamaForCausalLM", num_layers=2, num_heads=4, num_kv_heads=2, head_dim=64
-)
 MIXED: list[AnyPolicy] = [
     Strided(stride=3, sink=16, local=64),
     Sale(tau=0.02, sink=16, local=64),
@@ -393,17 +386,3 @@ def test_a_list_selector_is_followed_from_where_it_can_leave_something_out() -> 
         assert cost.sparse_wins_from(isa, policy, 64) == 64 + 256 + 64
         assert cost.sparse_wins_from(isa, Strided(growth=1.0), 64) is None
         assert cost.selection_seconds(isa, policy, 2048, 8192, 4, 64) == 0.0
-
-
-def test_a_gpu_takes_none() -> None:
-    with pytest.raises(ValueError, match=r"policies\[2\]: want a fused .* 'triton', got 'strided'"):
-        PolicyTable([DENSE, Sale(), Strided(), Strided()]).expect_fused("triton")
-    PolicyTable([DENSE, Sale()]).expect_fused("triton")
-    profile = Profile.build(FACTS, {1: {2: Strided()}}, name="p")
-    config = SparseConfig(policy=Strided())
-    for platform in ("cuda", "rocm"):
-        with pytest.raises(ConfigError, match=r"'p': layer 1, head 2: the selector 'strided' is a"):
-            start._expect_fused(Setup(SparseConfig(), "triton", profile, platform=platform))
-        with pytest.raises(ConfigError, match=r"policy: the selector 'strided' is a list selector"):
-            start._expect_fused(Setup(config, "triton", None, platform=platform))
-    start._expect_fused(Setup(config, "avx2", None, platform="cpu"))

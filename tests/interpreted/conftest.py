@@ -57,47 +57,71 @@ def mended_bfloat16() -> Iterator[None]:
         yield
 
 
+def _extent(x: torch.Tensor) -> tuple[int, int]:
+    """Its first address, and the one behind its last element."""
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    size = (last + 1) * x.element_size() if x.numel() else 0
+    return x.data_ptr(), x.data_ptr() + size
+
+
 @pytest.fixture(scope="session", autouse=True)
 def inside_the_arguments() -> Iterator[None]:
-    """Every address that a kernel reads or writes lies in a tensor it was given."""
-    ranges: list[tuple[int, int]] = []
-    call = GridExecutor.__call__
+    """Every address that a kernel reads or writes lies in the very tensor whose pointer it comes
+    from: between that one's first element and its last."""
+    convert = interpreter._implicit_cvt
 
-    def enter(self: Any, *args: Any, **kwargs: Any) -> Any:
-        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
-        storages = [x.untyped_storage() for x in tensors]
-        ranges[:] = sorted({(s.data_ptr(), s.data_ptr() + s.nbytes()) for s in storages})
-        return call(self, *args, **kwargs)
+    def implicit_cvt(arg: Any) -> Any:
+        made = convert(arg)
+        if isinstance(arg, torch.Tensor):
+            made.handle.attr["extent"] = _extent(arg)
+        return made
 
-    def check(ptrs: Any, mask: Any) -> None:
-        size = max(1, ptrs.get_element_ty().primitive_bitwidth // 8)
-        at = np.broadcast_to(ptrs.data, np.broadcast_shapes(ptrs.data.shape, mask.data.shape))
-        at = at[np.broadcast_to(mask.data, at.shape)].astype(np.int64)
-        low, high = np.array(ranges, np.int64).T
-        own = np.searchsorted(low, at, "right") - 1
-        if at.size and ((own < 0) | (at + size > high[own])).any():
-            raise IndexError("a kernel left the tensors it was given")
+    def passing_on(make: Any, at: int) -> Any:
+        def passes_on(self: Any, *args: Any) -> Any:
+            made = make(self, *args)
+            if extent := args[at].attr.get("extent"):
+                made.attr["extent"] = extent
+            return made
 
-    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
-    atomic = InterpreterBuilder.create_atomic_rmw
+        return passes_on
 
-    def create_masked_load(self: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
-        check(ptrs, mask)
-        return load(self, ptrs, mask, *rest)
+    def checked(access: Any, at: int) -> Any:
+        """``at``: where its mask is among the arguments behind the pointers."""
 
-    def create_masked_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        check(ptrs, mask)
-        return store(self, ptrs, value, mask, *rest)
+        def checks(self: Any, *args: Any) -> Any:
+            # The operation itself is the first argument of an atomic one.
+            ptrs = next(arg for arg in args if isinstance(arg, TensorHandle))
+            mask = args[at].data
+            low, high = ptrs.attr["extent"]
+            size = max(1, ptrs.get_element_ty().primitive_bitwidth // 8)
+            used = np.broadcast_to(ptrs.data, np.broadcast_shapes(ptrs.data.shape, mask.shape))
+            used = used[np.broadcast_to(mask, used.shape)].astype(np.int64)
+            if used.size and (used.min() < low or used.max() + size > high):
+                raise IndexError("a kernel left a tensor it was given")
+            return access(self, *args)
 
-    def create_atomic_rmw(self: Any, how: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        check(ptrs, mask)
-        return atomic(self, how, ptrs, value, mask, *rest)
+        return checks
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(GridExecutor, "__call__", enter)
-        patch.setattr(InterpreterBuilder, "create_masked_load", create_masked_load)
-        patch.setattr(InterpreterBuilder, "create_masked_store", create_masked_store)
-        patch.setattr(InterpreterBuilder, "create_atomic_rmw", create_atomic_rmw)
+        patch.setattr(interpreter, "_implicit_cvt", implicit_cvt)
+        for name, at in (
+            ("create_addptr", 0),
+            ("create_splat", 1),
+            ("create_unsplat", 0),
+            ("create_broadcast", 0),
+            ("create_expand_dims", 0),
+            ("create_reshape", 0),
+            ("create_trans", 0),
+        ):
+            old = getattr(InterpreterBuilder, name)
+            patch.setattr(InterpreterBuilder, name, passing_on(old, at))
+        for name, at in (
+            ("create_masked_load", 1),
+            ("create_masked_store", 2),
+            ("create_atomic_rmw", 3),
+        ):
+            old = getattr(InterpreterBuilder, name)
+            patch.setattr(InterpreterBuilder, name, checked(old, at))
         yield
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
-from typing import Any
-
 import pytest
 import torch
 from _attention import (
@@ -17,6 +14,7 @@ from _attention import (
     make_qkv,
     run,
 )
+from _gpu_asked import Taken
 
 from vllm_sparse_backend.ops import PolicyTable, select_tiles, sparse_attention
 from vllm_sparse_backend.ops.triton import run as launches
@@ -149,46 +147,23 @@ def test_waves_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_more_memory_than_was_said(
     heads: int, kv_heads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    taken = 0
-    empty = launches.Call.empty
-
-    def counted(self: launches.Call, *shape: int, **dtype: Any) -> torch.Tensor:
-        nonlocal taken
-        made = empty(self, *shape, **dtype)
-        taken += made.nbytes
-        return made
-
-    monkeypatch.setattr(launches.Call, "empty", counted)
     monkeypatch.setattr(launches, "LIST_BYTES", 1)
-    run(make_paged([make_qkv(8, 70, 600, heads, kv_heads)], "strided", 32), Sale(), "triton")
+    paged = make_paged([make_qkv(8, 70, 600, heads, kv_heads)], "strided", 32)
+    with Taken() as mode:
+        run(paged, Sale(), "triton")
     said = launches.workspace(70, 600, heads, kv_heads, 64)
-    assert said / 2 < taken <= said
+    assert said / 2 < mode.peak <= said
 
 
 def test_codes_of_another_width_are_not_held_beside_the_first(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    live = peak = 0
-    empty = launches.Call.empty
-
-    def freed(size: int) -> None:
-        nonlocal live
-        live -= size
-
-    def counted(self: launches.Call, *shape: int, **dtype: Any) -> torch.Tensor:
-        nonlocal live, peak
-        made = empty(self, *shape, **dtype)
-        live += made.nbytes
-        peak = max(peak, live)
-        weakref.finalize(made, freed, made.nbytes)
-        return made
-
-    monkeypatch.setattr(launches.Call, "empty", counted)
     monkeypatch.setattr(launches, "LIST_BYTES", 1)
     paged = make_paged([make_qkv(8, 16, 6000, 2, 2)], "strided", 32)
-    run(paged, [Sale(bits=6), Sale(bits=8)], "triton")
+    with Taken() as mode:
+        run(paged, [Sale(bits=6), Sale(bits=8)], "triton")
     codes = 2 * 6144 * 64  # of both kv heads' keys, one byte a number
-    assert codes < peak < 2 * codes
+    assert codes < mode.peak < 2 * codes
 
 
 def test_a_request_without_rows_has_no_tiles() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from _batch import engine_config
 from _gpu_batch import PAGE, GpuGroup, Request, Told, common_of
+from _parallel import write_profile
 from vllm.config import set_current_vllm_config
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.distributed.parallel_state import init_distributed_environment, initialize_model_parallel
@@ -21,6 +22,8 @@ from vllm_sparse_backend.metrics import read_totals
 from vllm_sparse_backend.metrics.counters import CAUSAL, COMPUTED
 from vllm_sparse_backend.ops import layout, paged_sparse_attention, reference
 from vllm_sparse_backend.selection import parse_policy
+from vllm_sparse_backend.selection.vertical_slash import VerticalSlash
+from vllm_sparse_backend.selection.view import View
 
 BATCH = [
     Request(1, 40, False),
@@ -29,7 +32,10 @@ BATCH = [
     Request(64, 256, True),
 ]
 SPARSE = [1, 3]
-POLICY = {"selector": "mass", "sink": 16, "local": 64, "tau": 0.2}
+WINDOW: dict[str, Any] = {"sink": 16, "local": 64}
+POLICY = {"selector": "mass", "tau": 0.2, **WINDOW}
+STRIDED = {"selector": "strided", "stride": 3, "tile": 64, **WINDOW}
+SLASH = {"selector": "vertical_slash", "columns": 30, "diagonals": 100, **WINDOW}
 
 
 @pytest.fixture(autouse=True)
@@ -41,10 +47,23 @@ def _parallel(tmp_path: Path, tiny_llama: Path) -> Iterator[None]:
     cleanup_dist_env_and_memory()
 
 
-def test_a_mixed_step(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    section = {"min_prompt_tokens": 256, "policy": POLICY}
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_mixed_step(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, listed: bool
+) -> None:
+    section: dict[str, Any] = {"min_prompt_tokens": 256, "policy": POLICY}
+    heads: Any = POLICY
+    if listed:
+        heads = [POLICY, STRIDED, {"selector": "dense"}, SLASH]
+        profile = write_profile(tmp_path / "p.json", [heads, heads])
+        section = {"min_prompt_tokens": 256, "profile": str(profile)}
     group = GpuGroup(engine_config(tiny_llama, section, dtype="float16"), "triton")
     taken: list[int] = []
+
+    def totals() -> dict[Any, float]:
+        return dict(read_totals(worker_of(group.config).counters.path.parent).values)
+
+    before = totals()
 
     def dense(*, out: torch.Tensor, cu_seqlens_q: torch.Tensor, **_: Any) -> None:
         taken.extend(cu_seqlens_q.diff().tolist())
@@ -65,7 +84,7 @@ def test_a_mixed_step(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None
         common.block_table_tensor,
         common.query_start_loc,
         common.seq_lens,
-        POLICY,
+        heads,
         requests=SPARSE,
         kv_layout="strided",
         impl="reference",
@@ -77,9 +96,13 @@ def test_a_mixed_step(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None
     torch.testing.assert_close(out[sparse], want[sparse], rtol=0.01, atol=0.01)
     assert out[~sparse].isnan().all()
     assert taken == [1, 3]
-    totals = read_totals(worker_of(group.config).counters.path.parent).values
-    assert totals[COMPUTED] == sum(stats.tiles_computed) < sum(stats.tiles_causal)
-    assert totals[CAUSAL] == sum(stats.tiles_causal)
+    now = totals()
+    for key, tiles in ((COMPUTED, stats.tiles_computed), (CAUSAL, stats.tiles_causal)):
+        units = [
+            n * size for n, size in zip(tiles, (1, 4, 1, 1) if listed else [1] * 4, strict=True)
+        ]
+        assert now[key] - before.get(key, 0) == sum(units)
+    assert sum(stats.tiles_computed) < sum(stats.tiles_causal)
 
 
 def test_a_prompt_in_chunks_whose_codes_are_kept(
@@ -105,3 +128,27 @@ def test_a_prompt_in_chunks_whose_codes_are_kept(
         tiles = reference.select(q, k, policies, 0.125, 550, mean_of)
         wanted = reference.attend(q, k, v, tiles, 0.125)
         torch.testing.assert_close(out, wanted, rtol=0.01, atol=0.01)
+
+
+def test_list_selectors_take_their_memory_while_vllm_measures(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, int, int | None]] = []
+    keep = VerticalSlash.keep
+
+    def saved(self: VerticalSlash, view: View) -> torch.Tensor:
+        asked.append((view.q.shape[1], view.seq_len, view.layer))
+        return keep(self, view)
+
+    monkeypatch.setattr(VerticalSlash, "keep", saved)
+    section = {"min_prompt_tokens": 256, "policy": SLASH}
+    config = engine_config(tiny_llama, section, dtype="float16", max_model_len=2048)
+    group = GpuGroup(config, "triton", [{}, {"per_layer_sliding_window": 64}])
+    assert {rows for rows, _, _ in asked} == {100, 64}  # a rehearsal, and the kernels' warming up
+    asked.clear()
+    cache = torch.zeros(1, 2, PAGE, 128).half()
+    for rows in (300, 200, 4000):
+        q = torch.zeros(rows, 4, 64).half()
+        for index in (0, 1):
+            group.forward(None, q, cache, torch.zeros_like(q), index)
+    assert asked == [(300, 2048, 0), (2048, 2048, 0)]

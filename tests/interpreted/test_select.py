@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from _attention import BITS, DTYPES, Paged, make_paged, make_qkv
+from _attention import BITS, DTYPES, Paged, make_paged, make_qkv, run
 from _tiles import assert_same_tiles
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -84,6 +84,59 @@ def test_however_an_architecture_divides_a_product(
     own, other = both(make_paged([qkv], "strided", 32), policies, prompt_len=620)
     assert_same_tiles(own, other, qkv, policies, 0.125, 620)
     assert sum(own.computed) < sum(own.causal)
+
+
+# Heads of a group that are scored together, and no power of two; from 192 channels on, fewer.
+@pytest.mark.parametrize(("dim", "group"), [(96, 5), (112, 6), (64, 7), (192, 6), (256, 7)])
+def test_every_other_head_dim_and_group(dim: int, group: int) -> None:
+    policies: list[AnyPolicy] = [
+        selector(sink=16, local=16, tau=0.03, tile=tile, tail=10, bits=bits)
+        for selector, tile, bits in itertools.islice(
+            itertools.cycle([(Sale, 16, 6), (Mass, 32, 6), (Sale, 64, "fp4")]), 2 * group
+        )
+    ]
+    qkv = make_qkv(dim, 80, 300, 2 * group, 2, dim)
+    own, other = both(make_paged([qkv], "strided", 16), policies)
+    assert_same_tiles(own, other, qkv, policies, dim**-0.5)
+    assert 0.1 < sum(own.computed) / sum(own.causal) < 0.9
+
+
+@pytest.mark.parametrize(("dim", "group"), [(128, 8), (256, 8)])
+def test_eight_heads_of_a_group(dim: int, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    policies: list[AnyPolicy] = [Sale(sink=16, local=16, tau=0.03, tail=10)] * 4
+    policies += [Mass(sink=16, local=16, tau=0.03, tail=10)] * 4
+    qkv = make_qkv(dim, 80, 300, group, 1, dim)
+    for arch in ("sm_90", "sm_103"):  # where that are eight together, and four
+        monkeypatch.setattr(launches, "architecture", lambda arch=arch: arch)
+        own, other = both(make_paged([qkv], "strided", 16), policies)
+        assert_same_tiles(own, other, qkv, policies, dim**-0.5)
+        assert 0.1 < sum(own.computed) / sum(own.causal) < 0.9
+
+
+def test_requests_share_the_pages_of_a_prefix() -> None:
+    policies: list[AnyPolicy] = [
+        Sale(sink=16, local=16, tau=0.05, tail=0),
+        Mass(sink=16, local=16, tau=0.05, tile=64, tail=0),
+        Static(sink=16, local=32),
+        Sale(sink=16, local=0, tau=0.1, tail=0, bits="fp4", tile=32),
+    ]
+    q, k, v = make_qkv(1, 200, 400)
+    other = make_qkv(2, 100, 420)
+    k2, v2 = (torch.cat([x[:256], y[256:]]) for x, y in ((k, other[1]), (v, other[2])))
+    batch = [(q, k, v), (other[0], k2, v2)]
+    paged = make_paged(batch, "strided", 32)
+    paged.block_table[1, :8] = paged.block_table[0, :8]
+    want = make_paged(batch, "strided", 32)  # each with pages of its own
+    out, stats = run(paged, policies, "triton")
+    expected, _ = run(want, policies, "triton")
+    assert torch.equal(out, expected)
+    assert sum(stats.tiles_computed) < 0.9 * sum(stats.tiles_causal)
+    for request, qkv in enumerate(batch):
+        own, reference = (
+            select_tiles(*paged.tensors, policies, request=request, kv_layout="strided", impl=impl)
+            for impl in ("triton", "reference")
+        )
+        assert_same_tiles(own, reference, qkv, policies, 0.125)
 
 
 @pytest.mark.parametrize("arch", ["sm_100", "sm_120"])  # a product's keys as they come; in parts

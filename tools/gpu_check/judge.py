@@ -42,6 +42,7 @@ class Result(BaseModel):
     group: int
     policies: str
     page: int
+    small: bool = False  # the cache, less than 2 GiB
     block: int = 0  # keys of a product; 0 where a kernel has none
     rows: int = 0  # of a product, likewise
     warps: int
@@ -61,7 +62,7 @@ class Result(BaseModel):
         """For people."""
         return (
             f"{self.kernel} {self.arch} {self.dtype} head_dim {self.head_dim} group {self.group} "
-            f"{self.policies} page {self.page}"
+            f"{self.policies} page {self.page}{' small' if self.small else ''}"
         )
 
 
@@ -76,6 +77,7 @@ def judge(variant: Variant) -> Result:
         "group": cell.group,
         "policies": cell.policies,
         "page": cell.page,
+        "small": cell.small,
         "block": _block(variant),
         "rows": _rows(variant) if variant.kernel in _MATRIX else 0,
         "warps": variant.warps,

@@ -116,14 +116,8 @@ def predict(
     for phase, (kernel, all_products, own_rows, peak) in work.items():
         rows = kernel.rows or own_rows
         products = all_products * own_rows / rows if rows else all_products
-        # `peak`: twice the rate where a product is one matrix product and not attention's two.
-        rate = gpu.per_clock(peak) * (gpu.few_rows if rows < 128 else 1)
-        tensor = 4 * rows * kernel.block * DIM / rate
-        issue = kernel.total * kernel.warps / WARPS_ISSUED
-        special = kernel.instructions[Kind.SPECIAL] * kernel.warps * 32 / SPECIAL_LANES
-        other = max(issue, special)
-        seconds = products / (gpu.multiprocessors * gpu.clock)
-        phases[phase] = max(tensor, other) * seconds, (tensor + other) * seconds
+        better, worse = product_seconds(gpu, kernel, peak, rows)
+        phases[phase] = products * better, products * worse
     dense = 4 * HEADS * DIM * tokens * tokens / 2 / (gpu.bf16 * gpu.dense_share)
     return Prediction(
         gpu=gpu.name,
@@ -132,6 +126,21 @@ def predict(
         phases={p: (1e3 * LAYERS * a, 1e3 * LAYERS * b) for p, (a, b) in phases.items()},
         dense=1e3 * LAYERS * dense,
     )
+
+
+def product_seconds(
+    gpu: Gpu, kernel: Result, peak: float, rows: int, dim: int = DIM
+) -> tuple[float, float]:
+    """What a whole GPU takes for one product of so many rows, better and worse, for each that it
+    does. ``peak``: twice the rate where a product is one matrix product and not attention's two.
+    """
+    rate = gpu.per_clock(peak) * (gpu.few_rows if rows < 128 else 1)
+    tensor = 4 * rows * kernel.block * dim / rate
+    issue = kernel.total * kernel.warps / WARPS_ISSUED
+    special = kernel.instructions[Kind.SPECIAL] * kernel.warps * 32 / SPECIAL_LANES
+    other = max(issue, special)
+    seconds = 1 / (gpu.multiprocessors * gpu.clock)
+    return max(tensor, other) * seconds, (tensor + other) * seconds
 
 
 def keys_read(contexts: Sequence[int], kept: bool) -> tuple[int, int]:

@@ -29,7 +29,7 @@ def ordered(results: Iterable[Result]) -> list[Result]:
     return sorted(
         results,
         key=lambda r: (
-            KERNELS.index(r.kernel), r.dtype, r.head_dim, r.group, r.policies, r.page,
+            KERNELS.index(r.kernel), r.dtype, r.head_dim, r.group, r.policies, r.page, r.small,
             ARCHITECTURES.index(r.arch),
         ),
     )  # fmt: skip
@@ -40,7 +40,8 @@ def row(one: Result) -> tuple[str, ...]:
     counts = [f"{one.instructions[kind]:.0f}" for kind in (*KINDS, Kind.OTHER) if one.total]
     return (
         one.kernel, one.arch, one.dtype, str(one.head_dim), str(one.group), one.policies,
-        str(one.page), str(one.block or ""), str(one.warps), str(one.stages), str(one.registers),
+        f"{one.page}{' small' if one.small else ''}", str(one.block or ""),
+        str(one.warps), str(one.stages), str(one.registers),
         one.spills or "0", f"{one.shared / 1024:.1f}", one.in_flight,
         *(counts or [""] * (len(KINDS) + 1)), f"{one.total:.0f}" if one.total else "", one.matrix,
     )  # fmt: skip
@@ -60,7 +61,9 @@ _HEAD: Final = """\
 **Compiled, not timed.** Written by `make gpu-check{options}` (Triton {triton}), which needs no GPU:
 {variants} variants for {archs} architectures, {bad} with faults. A variant fails where it does not
 compile, spills registers, asks for more shared memory than a block may have, lacks its matrix
-instruction, or where attention's loop waits for the very copies that it has just begun.
+instruction, or where attention's loop waits for the very copies that it has just begun. What can be
+launched is head_dims, groups, dtypes, policies, bits of codes, pages and (on AMD) caches of less
+than 2 GiB or more: each is compiled beside those with which it shares registers and memory.
 
 Instructions are those of one warp (AMD: wave) for one product, `keys` keys against a program's
 rows, in the loop that does most of the work: `global` loads and copies, `shared` reads and writes
@@ -93,8 +96,7 @@ def write(path: Path, results: Sequence[Result], quick: bool) -> None:
 
 def _is_shown(one: Result) -> bool:
     common = one.dtype == "bfloat16" and one.policies == "sale" and one.page == 16
-    scored = one.kernel in ("anchor_rows", "score_tiles")
-    return common and one.head_dim in (64, 128) and (not scored or one.group in (1, 4))
+    return common and not one.small and one.head_dim in (64, 128) and one.group in (1, 4)
 
 
 def _markdown(results: Sequence[Result]) -> str:

@@ -17,7 +17,7 @@ from vllm_sparse_backend.backend.cuda_metadata import MixedMetadata
 from vllm_sparse_backend.backend.group import traits_of
 from vllm_sparse_backend.backend.plan import LayerTraits, why_dense
 from vllm_sparse_backend.backend.start import capabilities
-from vllm_sparse_backend.backend.worker import Worker
+from vllm_sparse_backend.backend.worker import Worker, listed_of
 from vllm_sparse_backend.config import load_config
 from vllm_sparse_backend.ops import triton as kernels
 
@@ -30,12 +30,15 @@ class SparsePrefillImpl(AttentionImpl[Any]):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.traits = traits_of(self)
-        vllm_config = get_current_vllm_config()
+        self._vllm_config = vllm_config = get_current_vllm_config()
         self._max_model_len = vllm_config.model_config.max_model_len
         config = load_config(vllm_config.additional_config)
         self._kept_prompts = config.kept_prompts
+        self._least = config.min_query_tokens, config.min_prompt_tokens  # of a sparse request
+        self._max_num_seqs = vllm_config.scheduler_config.max_num_seqs
         self._may_keep = config.kept_prompts > 0 and config.enabled
         self._reserved: torch.Tensor | None = None
+        self._chosen_rows = 0
         self._kept: kernels.KeptCodes | None = None
         self._sparse: tuple[Worker, str] | None = None
 
@@ -55,6 +58,11 @@ class SparsePrefillImpl(AttentionImpl[Any]):
         bits = kernels.heads_of(self.policies, device).bits
         self._kept = kernels.KeptCodes(*shape, bits, device)
         return self._kept.nbytes
+
+    @property
+    def kept(self) -> kernels.KeptCodes | None:
+        """The codes of prompts in progress; None: none are kept."""
+        return self._kept
 
     def keep_nothing(self) -> None:
         """Give back what is reserved for codes, as where this layer turns out to be dense."""
@@ -83,7 +91,7 @@ class SparsePrefillImpl(AttentionImpl[Any]):
         """
         mixed = attn_metadata if isinstance(attn_metadata, MixedMetadata) else None
         if attn_metadata is None:  # vLLM looks how much memory a step takes, and a cache may have
-            self._take_workspace(query)
+            self._take_workspace(layer, query)
         if mixed is None or self._sparse is None:
             return super().forward(
                 layer,
@@ -129,17 +137,36 @@ class SparsePrefillImpl(AttentionImpl[Any]):
             worker.count_causal(name, work.causal(self.policies), self.policies)
         return output
 
-    def _take_workspace(self, query: torch.Tensor) -> None:
+    def _take_workspace(self, layer: Any, query: torch.Tensor) -> None:
         """Allocate, and give back, what a step of so many rows may take at the longest context;
         and, to hold it until it is known whether this layer is sparse, what is kept of prompts."""
+        self._choose(layer, query)
         rows, keys = query.shape[0], self._max_model_len
-        size = kernels.workspace(rows, keys, self.num_heads, self.num_kv_heads, self.head_size)
+        of_layer = self.num_heads, self.num_kv_heads, self.head_size
+        size = kernels.workspace(rows, keys, *of_layer, self.most_requests(rows))
         torch.empty(size, dtype=torch.uint8, device=query.device)
         if self._may_keep and self._reserved is None and _may_be_sparse(self.traits):
             # Of one number of bits: more in one layer are rare.
             shape = self._kept_prompts, keys, self.num_kv_heads, self.head_size
             size = kernels.kept_bytes(*shape)
             self._reserved = torch.empty(size, dtype=torch.uint8, device=query.device)
+
+    def most_requests(self, rows: int) -> int:
+        """How many sparse requests of ``rows`` query tokens are computed at a time, at most: those
+        of a step are taken in parts of max_model_len tokens of context, or one by one."""
+        least_rows, least_keys = self._least
+        by_length = min(rows // least_rows, self._max_model_len // least_keys)
+        return max(1, min(by_length, self._max_num_seqs))
+
+    def _choose(self, layer: Any, query: torch.Tensor) -> None:
+        """Have list selectors take what they take for such a step, which nobody else can say."""
+        rows = min(query.shape[0], self._max_model_len)
+        if rows <= self._chosen_rows or not _may_be_sparse(self.traits):
+            return
+        self._chosen_rows = rows
+        if table := listed_of(self._vllm_config, layer.layer_name, self.num_heads):
+            keys, kv_heads = self._max_model_len, self.num_kv_heads
+            kernels.choose_of_zeros(query[:rows], kv_heads, keys, table, self.scale)
 
 
 def _may_be_sparse(traits: LayerTraits) -> bool:

@@ -29,6 +29,7 @@ from vllm_sparse_backend.backend.worker import worker_of
 from vllm_sparse_backend.errors import SparsePrefillError
 from vllm_sparse_backend.ops import PolicyTable
 from vllm_sparse_backend.ops import triton as kernels
+from vllm_sparse_backend.ops.listed import rehearse
 
 logger = logging.getLogger("vllm.sparse_prefill")
 
@@ -84,8 +85,9 @@ class PlanningBuilder(AttentionMetadataBuilder[Any]):
             # Decode rows come first, so that they are one run for the base backend. Model runner
             # V2 always sorts; V1 only for who asks.
             self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
-            self._warm_up(tables)
         self._shelf = self._keep_codes(layer_names, vllm_config)
+        if tables:
+            self._warm_up(tables)
 
     @classmethod
     def get_cudagraph_support(
@@ -229,8 +231,13 @@ class PlanningBuilder(AttentionMetadataBuilder[Any]):
             self._planning = True
 
     def _warm_up(self, tables: Mapping[str, PolicyTable]) -> None:
-        """Compile what these tables can ask for, so that no request waits for a compiler."""
+        """Compile what these tables can ask for, so that no request waits for a compiler.
+
+        Raises what list selectors raise, and SparsePrefillError.
+        """
         impl = self._group.impls[next(iter(tables))]
+        for table in tables.values():  # on the device, which a selector may know nothing of
+            rehearse(table, impl.head_size, self.device)
         spec: AttentionSpec = self.kv_cache_spec
         try:
             seconds = kernels.warm_up(
@@ -239,7 +246,7 @@ class PlanningBuilder(AttentionMetadataBuilder[Any]):
                 impl.head_size,
                 spec.dtype,
                 spec.block_size,
-                list(tables.values()),
+                [(table, self._group.impls[name].kept) for name, table in tables.items()],
                 self.device,
             )
         # Whatever a compiler or driver raises: it is the answer to whether the kernels run here.

@@ -30,13 +30,7 @@ from vllm_sparse_backend.errors import (
 from vllm_sparse_backend.ops.cpu import cost
 from vllm_sparse_backend.profile import ModelFacts, Profile, load_profile
 from vllm_sparse_backend.profiles import shipped_for
-from vllm_sparse_backend.selection import (
-    UNIFORM_DEFAULT,
-    ListSelector,
-    Policy,
-    keeps_all,
-    registry,
-)
+from vllm_sparse_backend.selection import UNIFORM_DEFAULT, Policy, keeps_all, registry
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -156,7 +150,6 @@ def resolve(vllm_config: VllmConfig) -> Setup:
         is_shipped = shipped is not None
         setup = Setup(config, isa, shipped, is_shipped, platform, facts)
     _expect_digest(setup)
-    _expect_fused(setup)
     return setup
 
 
@@ -271,26 +264,6 @@ def _expect_digest(setup: Setup) -> None:
         f"profile_digest: want {wanted}, which was configured or is what the server's first "
         f"process has loaded, got {came}; it must be the same in every process and on every node"
     )
-
-
-def _expect_fused(setup: Setup) -> None:
-    """Raise ConfigError for the first list selector that a GPU's kernels would have to follow."""
-    if setup.on_cpu or not setup.config.enabled:
-        return
-    if setup.profile is None:
-        policies = {"policy": setup.uniform}
-    else:
-        policies = {
-            f"profile {setup.profile.name!r}: layer {layer}, head {head}": policy
-            for layer in range(setup.profile.model.num_layers)
-            for head, policy in enumerate(setup.profile.for_layer(layer))
-        }
-    for where, policy in policies.items():
-        if isinstance(policy, ListSelector):
-            raise ConfigError(
-                f"{where}: the selector {policy.selector!r} is a list selector, which runs on CPUs "
-                "only; want a fused one (dense, static, sale, mass) on a GPU"
-            )
 
 
 def _pass_on_digest(vllm_config: VllmConfig, setup: Setup) -> None:

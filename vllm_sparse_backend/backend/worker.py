@@ -22,7 +22,7 @@ from vllm_sparse_backend.ops.listed import rehearse
 from vllm_sparse_backend.ops.policies import Place
 from vllm_sparse_backend.ops.tiles import SUBTILE, total_causal_tiles
 from vllm_sparse_backend.profile import local_heads
-from vllm_sparse_backend.selection import AnyPolicy, scaled
+from vllm_sparse_backend.selection import AnyPolicy, ListSelector, scaled
 
 COMPUTED, CAUSAL = range(2)  # kinds of tiles, as `counters.KINDS`
 TILES = (counters.COMPUTED, counters.CAUSAL)
@@ -64,7 +64,9 @@ class Worker:
         """
         make = partial(self.policies, layer_name, num_heads, head_dim)
         tables = lru_cache(maxsize=SCALES)(make)  # bounded: clients choose the scales
-        rehearse(tables(1.0), head_dim)
+        table = tables(1.0)
+        if self.setup.on_cpu:  # on GPUs the builder does, which knows the device
+            rehearse(table, head_dim)
         return tables
 
     def policies(
@@ -75,10 +77,10 @@ class Worker:
 
         Raises SparsePrefillError where the profile cannot be applied to the layer.
         """
-        policies = self._policies(layer_name, num_heads)
+        policies = policies_of(self.setup, self.tp_rank, layer_name, num_heads)
         if threshold_scale != 1:
             policies = [scaled(policy, threshold_scale) or policy for policy in policies]
-        place = self._place(layer_name, num_heads)
+        place = place_of(self.setup, self.tp_rank, layer_name, num_heads)
         self._cells[layer_name] = self._cells_of(place, num_heads)
         if not self.setup.on_cpu:
             # There is no cost model of GPUs, for want of measurements: a policy is followed as soon
@@ -89,18 +91,6 @@ class Worker:
             cost.followed_from(self.setup.isa, policy, head_dim, least) for policy in policies
         ]
         return PolicyTable(policies, followed_from, place)
-
-    def _policies(self, layer_name: str, num_heads: int) -> list[AnyPolicy]:
-        profile = self.setup.profile
-        if profile is None:
-            return [self.setup.uniform] * num_heads
-        layer = compat.layer_index(layer_name)
-        try:
-            return local_heads(profile.for_layer(layer), self.tp_rank, num_heads)
-        except ValueError as error:
-            raise ProfileMismatch(
-                f"profile {profile.name!r} does not fit layer {layer_name}: {error}"
-            ) from None
 
     def core_from(self, num_heads: int, head_dim: int, kv_layout: str) -> int | None:
         """The context from which on the core computes prompts that are not sparse; None: never."""
@@ -178,21 +168,39 @@ class Worker:
         if (cells := self._cells[layer_name]) is not None:
             self.counters.add_tiles(kind, cells, of_sparse)
 
-    def _place(self, layer_name: str, num_heads: int) -> Place:
-        """Where a layer's heads on this rank are in the model."""
-        first = self.tp_rank * num_heads
-        try:
-            layer = compat.layer_index(layer_name)
-        except SparsePrefillError:  # a name without a number, which only a profile needs
-            layer = None
-        return Place(layer, first, max(self.setup.shape[1], first + num_heads))
-
     def _cells_of(self, place: Place, num_heads: int) -> npt.NDArray[np.int64] | None:
         """Where a layer's heads are among those of the whole model; None: nowhere."""
         layers, heads = self.setup.shape
         if place.layer is None or place.layer >= layers or place.first_head + num_heads > heads:
             return None
         return place.layer * heads + place.first_head + np.arange(num_heads)
+
+
+def policies_of(setup: Setup, tp_rank: int, layer_name: str, num_heads: int) -> list[AnyPolicy]:
+    """The policies of a layer's ``num_heads`` q heads on one rank.
+
+    Raises SparsePrefillError where the profile cannot be applied to the layer.
+    """
+    profile = setup.profile
+    if profile is None:
+        return [setup.uniform] * num_heads
+    layer = compat.layer_index(layer_name)
+    try:
+        return local_heads(profile.for_layer(layer), tp_rank, num_heads)
+    except ValueError as error:
+        raise ProfileMismatch(
+            f"profile {profile.name!r} does not fit layer {layer_name}: {error}"
+        ) from None
+
+
+def place_of(setup: Setup, tp_rank: int, layer_name: str, num_heads: int) -> Place:
+    """Where a layer's heads on one rank are in the model."""
+    first = tp_rank * num_heads
+    try:
+        layer = compat.layer_index(layer_name)
+    except SparsePrefillError:  # a name without a number, which only a profile needs
+        layer = None
+    return Place(layer, first, max(setup.shape[1], first + num_heads))
 
 
 def subtiles_of(policies: PolicyTable) -> list[int]:
@@ -203,14 +211,36 @@ def subtiles_of(policies: PolicyTable) -> list[int]:
     return [size // SUBTILE for size in policies.tile_sizes]
 
 
-_workers: dict[str, Worker] = {}  # a process may have several engines, one after the other
+# A process may have several engines, one after the other.
+_setups: dict[str, Setup] = {}
+_workers: dict[str, Worker] = {}
+
+
+def listed_of(vllm_config: VllmConfig, layer_name: str, num_heads: int) -> PolicyTable | None:
+    """A layer's policies on this rank, if some of the engine's are list selectors; None else.
+
+    For who asks before there is a `worker_of`, and not of other ranks. Raises SparsePrefillError.
+    """
+    setup = _setup_of(vllm_config)
+    policies = {setup.uniform} if setup.profile is None else setup.profile.kinds()
+    if not (setup.config.enabled and any(isinstance(it, ListSelector) for it in policies)):
+        return None
+    its = setup, compat.tp_rank(), layer_name, num_heads
+    return PolicyTable(policies_of(*its), place=place_of(*its))
+
+
+def _setup_of(vllm_config: VllmConfig) -> Setup:
+    key = vllm_config.instance_id
+    if key not in _setups:
+        _setups[key] = resolve(vllm_config)
+    return _setups[key]
 
 
 def worker_of(vllm_config: VllmConfig) -> Worker:
     """This process's worker of the engine with this configuration."""
     key = vllm_config.instance_id
     if key not in _workers:
-        setup = resolve(vllm_config)
+        setup = _setup_of(vllm_config)
         expect_common(vllm_config, setup)
         _workers[key] = Worker(setup, compat.tp_rank())
     return _workers[key]

@@ -120,7 +120,6 @@ def paged_sparse_attention(
             parts.append(_reference_into(out[rows], q[rows], k, v, table, scale, prompts[r]))
         return out, total(parts, q.shape[1])
     if impl == "triton":
-        table.expect_fused(impl)
         return out, _triton_into(out, q, kv_cache, block_table, batch, prompts, table, scale)
 
     from vllm_sparse_backend.ops.cpu import run
@@ -178,7 +177,6 @@ def select_tiles(
     if impl == "triton":
         from vllm_sparse_backend.ops import triton
 
-        table.expect_fused(impl)
         if batch.requests:
             work = _triton_work(batch, prompts, q.device)
             subtiles = triton.select(q, kv_cache, block_table, work, table, scale).cpu()

@@ -93,15 +93,6 @@ class PolicyTable:
             if isinstance(policy, ListSelector) and seq_len >= least
         ]
 
-    def expect_fused(self, impl: str) -> None:
-        """Raise ValueError if some head has a list selector, which ``impl`` does not take."""
-        for head, policy in enumerate(self.rows):
-            if isinstance(policy, ListSelector):
-                raise ValueError(
-                    f"policies[{head}]: want a fused selector for impl {impl!r}, got "
-                    f"{policy.selector!r}, a list selector, for impl 'cpu' and 'reference' only"
-                )
-
     @classmethod
     def build(cls, policies: AnyPolicies, num_heads: int) -> PolicyTable:
         """A table for ``num_heads`` q heads from what a caller may write.

@@ -79,9 +79,8 @@ class Blocks:
         Both sizes are multiples of 64.
         """
         view = self.view
-        starts = torch.tensor([block.start for block in view.blocks], device=kept.device)
         tiles = torch.arange(view.num_tiles, device=kept.device) * view.tile // self.keys
-        return kept[..., starts // self.rows - self.first, :][..., tiles]
+        return kept[..., view.starts // self.rows - self.first, :][..., tiles]
 
 
 def in_parts(choose: Callable[[View], torch.Tensor], view: View) -> torch.Tensor:

@@ -84,9 +84,10 @@ def pooled_queries(q: torch.Tensor, first: int, rotation: Rotation) -> torch.Ten
     """
     parts, end = [], first + q.shape[1]
     for begin in range(first // SLICE * SLICE, end, SLICE):
-        at = torch.arange(max(begin, first), min(begin + SLICE, end), device=q.device)
+        low, high = max(begin, first), min(begin + SLICE, end)
+        at = torch.arange(low, high, device=q.device)
         rows = rotation.turned(q[:, at - first].float(), at, back=True)
-        around = int(at[0]) % BLOCK, -int(at[-1] + 1) % BLOCK
+        around = low % BLOCK, -high % BLOCK
         sums = pad(rows, (0, 0, *around)).unflatten(1, (-1, BLOCK)).sum(2)
         ones = torch.ones(len(at), 1, device=q.device)
         counts = pad(ones, (0, 0, *around)).unflatten(0, (-1, BLOCK)).sum(1)
@@ -138,8 +139,8 @@ def save(path: Path, layers: Mapping[int, Gates], about: Mapping[str, str]) -> s
 
 
 @cache
-def load(path: str, layer: int, digest: str = "") -> Gates:
-    """The gates of one layer, once for all who ask.
+def load(path: str, layer: int, digest: str = "", device: str = "cpu") -> Gates:
+    """The gates of one layer, on ``device``, once for all who ask.
 
     ``digest``: what the file must have, unless empty. Raises SelectorError if there is no such
     file, if it is another one or none of gates, or has no gates of that layer.
@@ -154,7 +155,7 @@ def load(path: str, layer: int, digest: str = "") -> Gates:
             if not known.issuperset(names):
                 layers = sorted({int(name.split(".")[1]) for name in known})
                 raise SelectorError(f"gates {path}: want those of layer {layer}, got of {layers}")
-            q, k, frequencies = (file.get_tensor(name) for name in names)
+            q, k, frequencies = (file.get_tensor(name).to(device) for name in names)
     except OSError as error:
         raise SelectorError(f"gates {path}: {error.strerror or error}") from None
     except SafetensorError as error:

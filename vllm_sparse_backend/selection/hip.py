@@ -78,21 +78,18 @@ class HiP(ListSelector):
         kept = torch.zeros(
             len(view.heads), len(view.blocks), view.num_tiles, dtype=torch.bool, device=k.device
         )
-        # Where each q block's window begins; of what lies behind it nothing is chosen.
-        limits = torch.tensor(
-            [max(0, b.start - self.window_at(b.start + Q_BLOCK)) for b in view.blocks],
-            device=k.device,
-        )
         search = _Search(view, k)
         for first in range(0, len(view.blocks), SLICE):
             own = slice(first, first + SLICE)
-            found, unknown = self._chosen(search, rows[:, own], means[:, own], limits[own])
-            tiles = -(-int(limits[own].amax()) // self.tile)
+            # Where each q block's window begins; of what lies behind it nothing is chosen.
+            limits = [max(0, b.start - self.window_at(b.start + Q_BLOCK)) for b in view.blocks[own]]
+            found, unknown = self._chosen(search, rows[:, own], means[:, own], limits)
+            tiles = -(-max(limits) // self.tile)
             kept[:, own, :tiles] = found[..., :tiles] | unknown[..., None]
         return kept
 
     def _chosen(
-        self, search: _Search, rows: torch.Tensor, means: torch.Tensor, limits: torch.Tensor
+        self, search: _Search, rows: torch.Tensor, means: torch.Tensor, limits: list[int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The tiles chosen by some q blocks, bool [G, blocks, tiles or more], and which of the
         blocks met a NaN.
@@ -101,9 +98,10 @@ class HiP(ListSelector):
         """
         device = rows.device
         heads, blocks = rows.shape[:2]
-        limit = limits[:, None].expand(heads, -1, -1)  # [G, blocks, 1]
+        each = [torch.full((1, 1), limit, device=device) for limit in limits]  # and no copy
+        limit = torch.cat(each).expand(heads, -1, -1)  # [G, blocks, 1]
         sizes = (CHUNKS[0], max(CHUNKS[1], self.tile), self.tile)
-        width = int(limits.amax())
+        width = max(limits)
         starts = torch.arange(0, width, sizes[0], device=device).expand(heads, blocks, -1)
         candidate = (starts < limit) & (starts + sizes[0] > self.sink)
         unknown = torch.zeros(heads, blocks, dtype=torch.bool, device=device)
@@ -136,7 +134,7 @@ def _rows(view: View) -> tuple[torch.Tensor, torch.Tensor]:
     mean is of the rows that are there.
     """
     position = torch.arange(Q_BLOCK, device=view.q.device)
-    start = torch.tensor([block.start for block in view.blocks], device=view.q.device)[:, None]
+    start = view.starts[:, None]
     at = (start + position).clamp(view.offset, view.seq_len - 1)
     whole = view.q[:, at - view.offset]  # [G, blocks, 64, D]
     there = (at == start + position)[..., None].unflatten(1, (-1, AVERAGED))
@@ -182,7 +180,7 @@ class _Search:
         count, rows, dim = queries.shape
         while size > 1:
             half = size // 2
-            middle = torch.tensor((half // 2, half + half // 2), device=starts.device)
+            middle = torch.arange(2, device=starts.device) * half + half // 2
             at = (starts[..., None] + middle).minimum(last)  # [G, blocks, chunks, 2]
             keys = self._keys.empty(at.numel(), dim)
             keys = torch.index_select(self._k, 0, at.flatten(), out=keys).view(count, -1, dim)

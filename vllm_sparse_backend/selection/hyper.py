@@ -54,14 +54,14 @@ class Hyper(ListSelector):
     def keep(self, view: View) -> torch.Tensor:
         """As `ListSelector.keep`."""
         device = view.q.device
-        start = torch.tensor([block.start for block in view.blocks], device=device)[:, None]
+        start = view.starts[:, None]
         first_key = torch.arange(view.num_tiles, device=device) * self.tile
         near = first_key >= start // self.exact * self.exact
         kept = near.repeat(len(view.heads), 1, 1)
         if view.seq_len <= self.exact:
             return kept
 
-        planes = _planes(self.projections, view.q.shape[2], self.seed).to(device)
+        planes = _planes(self.projections, view.q.shape[2], self.seed, device)
         of_q, q_unknown = _hashed(view.q, planes)
         of_k, k_unknown = _hashed(view.k, planes)
         size = self.exact
@@ -112,10 +112,10 @@ class Hyper(ListSelector):
 
 
 @cache
-def _planes(count: int, dim: int, seed: int) -> torch.Tensor:
+def _planes(count: int, dim: int, seed: int, device: torch.device) -> torch.Tensor:
     """Normals of random planes [dim, count]."""
     numbers = torch.Generator().manual_seed(seed)
-    return torch.randn(dim, count, generator=numbers, device="cpu")
+    return torch.randn(dim, count, generator=numbers, device="cpu").to(device)
 
 
 def _hashed(x: torch.Tensor, planes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -37,11 +37,10 @@ def kept_tiles(policy: ListSelector, view: View) -> torch.Tensor:
 
 def _always(policy: ListSelector, view: View) -> torch.Tensor:
     """Of all q blocks what `static.always_kept` is of one, bool [blocks, tiles]."""
-    windows = [
-        max(0, block.start - policy.window_at(block.start + Q_BLOCK)) for block in view.blocks
-    ]
+    # `Windowed.window_at` of each block's end, where the tensors are.
+    window = policy.local + (policy.growth_units * (view.starts + Q_BLOCK) >> 16)
+    window = (view.starts - window).clamp(min=0)[:, None]
     first_key = torch.arange(view.num_tiles, device=view.q.device) * view.tile
-    window = torch.tensor(windows, device=view.q.device)[:, None]
     return (first_key < policy.sink) | (first_key + view.tile > window)
 
 

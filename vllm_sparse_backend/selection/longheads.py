@@ -41,11 +41,8 @@ class LongHeads(ListSelector):
     def keep(self, view: View) -> torch.Tensor:
         """As `ListSelector.keep`."""
         scores = view.pooled_q() @ view.pooled_k(self.chunk).T  # [G, blocks, chunks]
-        own = torch.tensor(
-            [block.start // self.chunk for block in view.blocks], device=scores.device
-        )
         chunk = torch.arange(scores.shape[2], device=scores.device)
-        away = own[:, None] - chunk
+        away = (view.starts // self.chunk)[:, None] - chunk
         forced = (chunk == 0) | (away == 0) | (away == 1)
         scores = scores.masked_fill(away < 0, -torch.inf).masked_fill(forced, torch.inf)
         kept = highest(scores, self.budget // self.chunk) | forced

@@ -51,9 +51,7 @@ class Neighborhood(ListSelector):
     def keep(self, view: View) -> torch.Tensor:
         """The same for every head: as `ListSelector.keep`."""
         # Of a q block the first row sees farthest back.
-        leaders = [
-            block.start // self.stride * self.stride + self.stride - 1 for block in view.blocks
-        ]
-        first = torch.tensor(leaders, device=view.q.device)[:, None] - self.window + 1
+        leaders = view.starts // self.stride * self.stride + self.stride - 1
+        first = leaders[:, None] - self.window + 1
         tile_end = torch.arange(1, view.num_tiles + 1, device=view.q.device) * self.tile
         return (tile_end > first).expand(len(view.heads), -1, -1)

@@ -35,6 +35,6 @@ class Strided(ListSelector):
     def keep(self, view: View) -> torch.Tensor:
         """The same for every q block: as `ListSelector.keep`."""
         block = torch.arange(view.num_tiles, device=view.q.device) * view.tile // Q_BLOCK
-        head = torch.tensor(view.heads, device=view.q.device)[:, None]
-        kept = block % self.stride == head % self.stride  # [G, tiles]
+        own = [block % self.stride == head % self.stride for head in view.heads]
+        kept = torch.stack(own)  # [G, tiles]
         return kept[:, None].expand(-1, len(view.blocks), -1)

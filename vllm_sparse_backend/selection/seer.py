@@ -70,12 +70,13 @@ class Seer(ListSelector):
             raise SelectorError(
                 f"gates {self.gates}: want a layer of a model to take those of, got tensors of none"
             )
-        of_layer = gates.load(self.gates, view.layer, self.digest)
+        of_layer = gates.load(self.gates, view.layer, self.digest, str(view.q.device))
         heads, dim = of_layer.q.shape[:2]
         if (heads, dim) != (view.num_heads, view.q.shape[2]):
             raise SelectorError(
                 f"gates {self.gates}: want those of {view.num_heads} heads of {view.q.shape[2]} in "
                 f"layer {view.layer}, got of {heads} heads of {dim}"
             )
-        own = list(view.heads)
-        return gates.Gates(of_layer.q[own], of_layer.k[own], of_layer.rotation)
+        # Not by a list, which would be copied to a device.
+        q, k = (torch.stack([its[head] for head in view.heads]) for its in (of_layer.q, of_layer.k))
+        return gates.Gates(q, k, of_layer.rotation)

@@ -67,12 +67,11 @@ class VerticalSlash(ListSelector):
         return torch.stack([self._head(view, *head) for head in found])
 
     def _head(self, view: View, columns: torch.Tensor, diagonals: torch.Tensor) -> torch.Tensor:
-        if columns.isnan().any():
-            return torch.ones_like(view.causal)
+        unknown = columns.isnan().any()
         columns[:FORCED_COLUMNS] = torch.inf
         diagonals[:FORCED_DIAGONALS] = torch.inf
         vertical = view.by_tile(highest(columns, self.columns)).any(1)
-        return vertical | slashes(view, highest(diagonals, self.diagonals))
+        return vertical | slashes(view, highest(diagonals, self.diagonals)) | unknown
 
 
 def slashes(view: View, at: torch.Tensor) -> torch.Tensor:
@@ -81,8 +80,7 @@ def slashes(view: View, at: torch.Tensor) -> torch.Tensor:
     device = view.q.device
     # below[d]: how many such distances are less than d, so that a range's number is a difference.
     below = pad(at.cumsum(0), (1, 0))
-    first = torch.tensor([block.first for block in view.blocks], device=device)[:, None]
-    end = torch.tensor([block.end for block in view.blocks], device=device)[:, None]
+    first, end = view.firsts[:, None], view.ends[:, None]
     key = torch.arange(view.num_tiles, device=device) * view.tile  # each tile's first
     nearest = (first - (key + view.tile - 1)).clamp(min=0)  # from the first row to its last key
     farthest = (end - 1 - key).clamp(min=-1)  # from the last row to its first key

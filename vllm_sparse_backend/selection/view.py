@@ -59,6 +59,24 @@ class View:
         """The q blocks: 64 positions each, aligned to 0, cut to those that are there."""
         return q_blocks(self.q.shape[1], self.seq_len)
 
+    # The same as tensors: made where `q` is, since a copy from the host would be waited for.
+
+    @cached_property
+    def starts(self) -> torch.Tensor:
+        """The aligned positions of the q blocks, int64 [blocks]."""
+        number = torch.arange(len(self.blocks), device=self.q.device)
+        return (number + self.first_block) * Q_BLOCK
+
+    @cached_property
+    def firsts(self) -> torch.Tensor:
+        """The first row that is there of each q block, int64 [blocks]."""
+        return self.starts.clamp(min=self.offset)
+
+    @cached_property
+    def ends(self) -> torch.Tensor:
+        """One past the last row that is there of each q block, int64 [blocks]."""
+        return (self.starts + Q_BLOCK).clamp(max=self.seq_len)
+
     @property
     def first_block(self) -> int:
         """The number of the first q block, counted from position 0."""
@@ -73,7 +91,7 @@ class View:
     def causal(self) -> torch.Tensor:
         """bool [blocks, tiles]: those that some row of the q block may see."""
         first_key = torch.arange(self.num_tiles, device=self.q.device) * self.tile
-        return first_key < self._column([block.end for block in self.blocks])
+        return first_key < self.ends[:, None]
 
     def last(self, n: int) -> slice:
         """The last ``n`` of the rows of ``q``, or all if there are fewer.
@@ -93,8 +111,7 @@ class View:
         """The mean of each q block's present rows, fp32 [G, blocks, D]."""
         before, after = self.offset % Q_BLOCK, -self.seq_len % Q_BLOCK
         rows = pad(self.q.float(), (0, 0, before, after)).unflatten(1, (-1, Q_BLOCK))
-        counts = self._column([block.end - block.first for block in self.blocks])
-        return rows.sum(2) / counts
+        return rows.sum(2) / (self.ends - self.firsts)[:, None]
 
     def pooled_k(self, size: int | None = None) -> torch.Tensor:
         """The mean of every ``size`` keys (of a tile's, unless given), fp32 [ceil(S / size), D].
@@ -120,6 +137,3 @@ class View:
         """[..., S] of keys to [..., tiles, tile]; what is missing of the last is ``value``."""
         missing = -self.seq_len % self.tile
         return pad(x, (0, missing), value=value).unflatten(-1, (-1, self.tile))
-
-    def _column(self, numbers: list[int]) -> torch.Tensor:
-        return torch.tensor(numbers, device=self.q.device)[:, None]

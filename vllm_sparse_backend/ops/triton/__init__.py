@@ -15,6 +15,7 @@ _PLACES = {
     "Shelf": "kept",
     "Work": "work",
     "check_device": "launch",
+    "choose_of_zeros": "listed",
     "forward": "run",
     "heads_of": "heads",
     "kept_bytes": "kept",

@@ -1,4 +1,4 @@
-"""From the bits of the scored subtiles to each q block's list of those that are computed."""
+"""From the bits of scored or listed subtiles to each q block's list of those that are computed."""
 
 from __future__ import annotations
 

@@ -12,7 +12,16 @@ import torch
 from vllm_sparse_backend.ops.policies import PolicyTable, tile_size
 from vllm_sparse_backend.ops.tiles import Q_BLOCK, SUBTILE
 from vllm_sparse_backend.ops.triton.work import SLOT_ROWS, to_device
-from vllm_sparse_backend.selection import AnyPolicy, Bits, Dense, Mass, Sale, Static, keeps_all
+from vllm_sparse_backend.selection import (
+    AnyPolicy,
+    Bits,
+    Dense,
+    ListSelector,
+    Mass,
+    Sale,
+    Static,
+    keeps_all,
+)
 
 CODES: Final[dict[Bits, int]] = {4: 4, 6: 6, 8: 8, "fp4": 14}  # to the kernels
 
@@ -24,6 +33,7 @@ class Kind(IntEnum):
     STATIC = 1
     SALE = 2
     MASS = 3
+    LISTED = 4  # bits that were set before, by list selectors
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +48,11 @@ class HeadTable:
     bits: tuple[Bits, ...]  # of heads that score, distinct
     tail: int  # the longest of any head that scores
     slots: int  # of SLOT_ROWS scored rows in a whole q block, the most of any head
+
+    @property
+    def has_bits(self) -> bool:
+        """Whether some head's tiles are bits of the mask."""
+        return bool(self.bits) or Kind.LISTED in self.kinds
 
 
 def heads_of(table: PolicyTable, device: torch.device) -> HeadTable:
@@ -68,6 +83,8 @@ def _make(table: PolicyTable, device: torch.device) -> HeadTable:
 def _kind(policy: AnyPolicy) -> Kind:
     if keeps_all(policy):
         return Kind.ALL
+    if isinstance(policy, ListSelector):
+        return Kind.LISTED
     return {Static: Kind.STATIC, Sale: Kind.SALE, Mass: Kind.MASS}[type(policy)]
 
 

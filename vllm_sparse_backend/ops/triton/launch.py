@@ -22,6 +22,7 @@ ARCHITECTURES: Final = (
 KEY_CHUNK: Final = 128  # keys that one program quantizes
 WORD_KEYS: Final = 512  # keys whose subtiles are the bits of a word
 MOST_SHARED: Final = 8  # q heads whose scored rows make one matrix
+MOST_TOGETHER: Final = 8  # `anchor_rows` programs of 16 rows that make one of 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +61,10 @@ class Launch:
 # two of 32 on AMD; where there are more, warps multiply the same rows twice. Then products of 64
 # keys where the registers suffice without a spill, and as many stages as leave room for two blocks
 # on a multiprocessor, so that one multiplies while the other takes exponentials.
-_AMPERE: Final = {64: Shape(64, 4, 3), 128: Shape(32, 4, 4), 256: Shape(32, 8, 2)}
-_SMALL: Final = {**_AMPERE, 128: Shape(32, 4, 2)}  # 100 KB of shared memory instead of 164
+# (A third stage of 64 channels spills on sm_80, of pages longer than 16.)
+_AMPERE: Final = {64: Shape(64, 4, 2), 128: Shape(32, 4, 4), 256: Shape(32, 8, 2)}
+# 100 KB of shared memory instead of 164.
+_SMALL: Final = {**_AMPERE, 64: Shape(64, 4, 3), 128: Shape(32, 4, 2)}
 _HOPPER: Final = {64: Shape(64, 4, 4), 128: Shape(64, 4, 3), 256: Shape(32, 4, 3)}
 _BLACKWELL: Final = {**_HOPPER, 256: Shape(16, 4, 3)}
 _CDNA3: Final = {64: Shape(32, 2, 2), 128: Shape(32, 2, 2), 256: Shape(16, 4, 2)}  # 64 KB
@@ -74,9 +77,11 @@ _ATTEND: Final = {
 # fewer than 64, since that is the largest tile.
 _SCORE: Final = {arch: Shape(128, 4, 3) for arch in ("sm_90", "sm_100")}
 # Of 256 channels four warps' registers do not hold 128 rows, and two stages leave room for another
-# block.
+# block, or for sums over more than a subtile; so they do of 64.
+_SCORE_64: Final = {arch: Shape(64, 4, 2) for arch in ("sm_86", "sm_89")}
 _SCORE_256: Final = {
     "sm_86": Shape(64, 4, 2), "sm_89": Shape(64, 4, 2), "sm_90": Shape(128, 8, 2),
+    "sm_103": Shape(64, 4, 2),
 }  # fmt: skip
 # Rows of different q blocks are scored together until there are so many: a product then costs less
 # for each. A fifth-generation matrix unit does 128 rows in the time of 64; on sm_90 the keys' codes
@@ -91,12 +96,13 @@ _FP4: Final = {
     "sm_120": (Shape(64, 4, 3), 64), "gfx950": (Shape(64, 4, 3), 64),
 }  # fmt: skip
 # float32 has no matrix units on NVIDIA (TF32 would not be float32), and its products take the
-# registers. On AMD a thread has 256 of them with 8 waves, with 16 half as many; for sm_120 the
-# compiler makes do with 64 of them, and a few words of memory, for 8 warps and 16 keys.
+# registers. On AMD a thread has 256 of them with 8 waves, with 16 half as many; for sm_80 and
+# sm_120 the compiler makes do with few, and words of memory, where 8 warps are to have more.
 _FLOAT32: Final = {64: Shape(16, 8, 1), 128: Shape(16, 16, 1), 256: Shape(16, 16, 1)}
+_FLOAT32_FEW: Final = {**_FLOAT32, 64: Shape(16, 16, 1)}
 _FLOAT32_AMD: Final = {64: Shape(16, 8, 1), 128: Shape(16, 8, 1), 256: Shape(16, 8, 1)}
 _ATTEND_FLOAT32: Final = {
-    "sm_120": {**_FLOAT32, 64: Shape(32, 16, 1)}, "gfx942": _FLOAT32_AMD, "gfx950": _FLOAT32_AMD,
+    "sm_80": _FLOAT32_FEW, "sm_120": _FLOAT32_FEW, "gfx942": _FLOAT32_AMD, "gfx950": _FLOAT32_AMD,
 }  # fmt: skip
 # Where head_dim is padded, a masked load is a branch on AMD, behind which nobody knows how many are
 # under way, so that all are waited for; in float32 on sm_120 it takes the last registers.
@@ -128,12 +134,15 @@ def launch(arch: str, head_dim: int, group: int, dtype: torch.dtype) -> Launch:
         anchor = Shape(16, 8, 1)
     elif width == 256:
         anchor = Shape(16, 8 if rows == 64 else 4, 1)
-    else:  # few keys for one head: packing its codes would take a word of memory
+    else:
+        # Few keys where the last registers go to packing one head's codes; or, on sm_120, to pages
+        # longer than 16.
         few = width == 128 and rows == 16 and arch in _FP4
+        few |= width == 64 and rows == 64 and arch == "sm_120"
         anchor = Shape(width // (4 if few else 2), 8 if rows == 128 else 4, 1)
     score = _SCORE.get(arch, Shape(64, 4, 3))
-    if head_dim == 256:
-        score = _SCORE_256.get(arch, score)
+    if head_dim in (64, 256):
+        score = (_SCORE_64 if head_dim == 64 else _SCORE_256).get(arch, score)
     together = max(1, _SCORE_ROWS.get(arch, 64) // rows)
     return Launch(
         keys=Shape(KEY_CHUNK, 8 if width == 256 else 4, 1),

@@ -1,4 +1,5 @@
-"""The launches of one layer, in order, on one stream and without a wait for the device."""
+"""The launches of one layer, in order, on one stream and without a wait for the device, but for
+what its list selectors wait for."""
 
 from __future__ import annotations
 
@@ -10,12 +11,13 @@ import torch
 
 from vllm_sparse_backend.ops.policies import PolicyTable
 from vllm_sparse_backend.ops.tiles import Q_BLOCK, SUBTILE
-from vllm_sparse_backend.ops.triton import attend, compact, keys, score
+from vllm_sparse_backend.ops.triton import attend, compact, keys, listed, score
 from vllm_sparse_backend.ops.triton.clock import Clock
 from vllm_sparse_backend.ops.triton.heads import CODES, HeadTable, Kind, heads_of
 from vllm_sparse_backend.ops.triton.kept import Codes, KeptCodes, capacity_of
 from vllm_sparse_backend.ops.triton.launch import (
     KEY_CHUNK,
+    MOST_TOGETHER,
     WORD_KEYS,
     Launch,
     Shape,
@@ -24,7 +26,7 @@ from vllm_sparse_backend.ops.triton.launch import (
     packs,
     padded,
 )
-from vllm_sparse_backend.ops.triton.work import SLOT_ROWS, Work
+from vllm_sparse_backend.ops.triton.work import BLOCK_SLOTS, SLOT_ROWS, Work
 from vllm_sparse_backend.selection import Bits
 from vllm_sparse_backend.selection.estimate import KEY_CODES, QUERY_CODES
 
@@ -76,7 +78,7 @@ class Call:
     @property
     def cache_strides(self) -> tuple[int, ...]:
         """Of blocks, kv heads and tokens in the cache, and of requests in the block table."""
-        return *self.kv_cache.stride()[:3], self.block_table.stride(0)
+        return *_strides(self.kv_cache, 3), self.block_table.stride(0)
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """A workspace beside the tensors."""
@@ -102,11 +104,12 @@ def forward(
     ``kept``: this layer's codes, of work that was planned for them.
 
     Returns the tiles computed per q head, int64 [Hq], on the device; nothing waits for it. Raises
-    ValueError where `launch` has no entry for the shapes, and for codes that are not the work's.
+    ValueError where `launch` has no entry for the shapes, and for codes that are not the work's;
+    and what list selectors raise.
     """
     call = Call(q, kv_cache, block_table, work, heads_of(table, q.device), scale)
     tiles = torch.zeros(call.num_heads, dtype=torch.int64, device=q.device)
-    mask = _score(call, kept, clock)
+    mask = _score(call, table, kept, clock)
     blocks, row_bytes = len(work.blocks), 4 * call.num_heads * work.subtiles
     wave = max(1, min(blocks, LIST_BYTES // row_bytes))
     for first in range(0, blocks, wave):
@@ -117,16 +120,23 @@ def forward(
     return tiles
 
 
-def workspace(rows: int, keys: int, heads: int, kv_heads: int, head_dim: int) -> int:
-    """The most bytes that `forward` takes beside its tensors for ``rows`` query tokens of requests
-    with ``keys`` tokens of context, whatever the policies.
+def workspace(
+    rows: int, keys: int, heads: int, kv_heads: int, head_dim: int, requests: int = 1
+) -> int:
+    """The most bytes that `forward` takes beside its tensors for ``rows`` query tokens of up to
+    ``requests`` requests with ``keys`` tokens of context together, whatever the policies, but for
+    what list selectors take.
     """
-    blocks, words = -(-rows // Q_BLOCK) + 1, -(-keys // WORD_KEYS)
-    slots, chunks = words * WORD_KEYS, words * WORD_KEYS // KEY_CHUNK
-    quantized = kv_heads * (slots * (head_dim + 4 / 16) + 4 * chunks * head_dim)
-    scored = blocks * Q_BLOCK * 2 * heads * (head_dim + 8)  # a share's rows, to a power of two
+    requests = max(1, min(requests, rows, keys))
+    # What begins and ends amid a q block has a share of one more; and words are of one request.
+    blocks = min(rows, (rows + (Q_BLOCK - 2) * requests) // Q_BLOCK + requests)
+    coded = (keys + (WORD_KEYS - 1) * requests) // WORD_KEYS
+    slots, chunks, words = coded * WORD_KEYS, coded * WORD_KEYS // KEY_CHUNK, -(-keys // WORD_KEYS)
+    quantized = kv_heads * (slots * (head_dim + 4 / 16) + 4 * (chunks + requests) * head_dim)
+    programs = blocks * BLOCK_SLOTS + requests * (MOST_TOGETHER - 1)
+    scored = programs * SLOT_ROWS * 2 * heads * (head_dim + 8)  # a share's rows, to a power of two
     lists = max(LIST_BYTES, 4 * heads * words * WORD_KEYS // SUBTILE)
-    return int(quantized + scored + 4 * blocks * heads * words + lists)
+    return int(quantized + scored + 4 * blocks * heads * (words + 1) + lists)
 
 
 def select(
@@ -144,7 +154,8 @@ def select(
     """
     call = Call(q, kv_cache, block_table, work, heads_of(table, q.device), scale)
     tiles = torch.zeros(call.num_heads, dtype=torch.int64, device=q.device)
-    lists, counts = _compact(call, _score(call, kept, None), tiles, 0, len(work.blocks))
+    mask = _score(call, table, kept, None)
+    lists, counts = _compact(call, mask, tiles, 0, len(work.blocks))
     real = torch.arange(work.subtiles, device=q.device) < counts[..., None]
     # What a list holds behind its end is anything.
     found = torch.zeros_like(lists, dtype=torch.uint8)
@@ -157,13 +168,23 @@ def _mark(clock: Clock | None, phase: str) -> None:
         clock.mark(phase)
 
 
+def _strides(x: torch.Tensor, axes: int) -> tuple[int, ...]:
+    """Of the first ``axes``; 0 where there is but one element: torch says anything of it, and where
+    it says 1, Triton compiles anew."""
+    sizes = zip(x.shape, x.stride(), strict=True)
+    return tuple(stride if size > 1 else 0 for size, stride in sizes)[:axes]
+
+
 def _options(shape: Shape) -> dict[str, Any]:
     # Fused multiply-adds are Triton's default today, and will not be from 3.10 on.
     return {"num_warps": shape.warps, "num_stages": shape.stages, "enable_fp_fusion": True}
 
 
-def _score(call: Call, kept: KeptCodes | None, clock: Clock | None) -> torch.Tensor:
-    """The scored tiles' bits, int32 [B, Hq, words]; see `score.score_tiles`."""
+def _score(
+    call: Call, table: PolicyTable, kept: KeptCodes | None, clock: Clock | None
+) -> torch.Tensor:
+    """The bits of tiles that are scored or listed, int32 [B, Hq, words]; see `score.score_tiles`
+    and `listed.set_bits`."""
     if call.work.kept != (kept is not None):
         raise ValueError(f"kept: want codes that are kept or None as the work says, got {kept}")
     words = -(-call.work.subtiles // 32)
@@ -175,6 +196,10 @@ def _score(call: Call, kept: KeptCodes | None, clock: Clock | None) -> torch.Ten
         _mark(clock, "select")
         _score_bits(call, bits, codes, mask)
         del codes  # before the next ones are made: `workspace` counts one set
+    if Kind.LISTED in call.heads.kinds:
+        _mark(clock, "select")
+        paged = call.q, call.kv_cache, call.block_table
+        listed.set_bits(*paged, call.work, table, call.scale, mask)
     return mask
 
 
@@ -230,7 +255,7 @@ def _score_bits(call: Call, bits: Bits, codes: Codes, mask: torch.Tensor) -> Non
     score.anchor_rows[(programs, shares)](
         call.q, call.kv_cache, call.block_table, codes.means, work.blocks, work.spans, slots,
         heads.ints, heads.floats, row_codes, slopes, biases, call.scale,
-        *call.q.stride()[:2], *call.cache_strides,
+        *_strides(call.q, 2), *call.cache_strides,
         LIMIT=QUERY_CODES[bits], KEYS=how.anchor.block,
         **shared, **call.paged, **_options(how.anchor),
     )  # fmt: skip
@@ -254,7 +279,7 @@ def _compact(
     compact.compact_tiles[(count, call.num_heads)](
         mask, call.work.blocks, heads.ints, heads.floats, lists, counts, tiles,
         first, mask.shape[2], capacity,
-        HEADS=call.num_heads, SUBTILES=how.compact.block, SCORED=bool(heads.bits),
+        HEADS=call.num_heads, SUBTILES=how.compact.block, SCORED=heads.has_bits,
         **_options(how.compact),
     )  # fmt: skip
     return lists, counts
@@ -267,7 +292,7 @@ def _attend(
     attend.attend_tiles[(call.num_heads, len(lists))](
         call.q, call.kv_cache, call.block_table, call.work.blocks, lists, counts, out,
         call.scale, first, lists.shape[2],
-        *call.q.stride()[:2], *out.stride()[:2], *call.cache_strides,
+        *_strides(call.q, 2), *_strides(out, 2), *call.cache_strides,
         HEADS=call.num_heads, GROUP=call.group, BLOCK_N=call.how.attend.block,
         REPEAT=call.how.attend_repeat, **call.paged, **_options(call.how.attend),
     )  # fmt: skip

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,16 @@ from vllm_sparse_backend.ops.triton.launch import KEY_CHUNK, WORD_KEYS
 
 SLOT_ROWS: Final = 16  # scored query rows of one program, for each q head of a group
 BLOCK_SLOTS: Final = 4  # of them in a whole q block
+
+
+class Share(NamedTuple):
+    """One request's part of a step's work."""
+
+    request: int
+    rows: slice  # of the queries
+    context: int
+    prompt: int
+    blocks: torch.Tensor  # int64 [N] on the device: its q blocks' rows of `Work.blocks`, ascending
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +56,7 @@ class Work:
     edges: npt.NDArray[np.int32]  # `blocks` on the host
     prompts: npt.NDArray[np.int32]  # of each request that is computed
     _slots: dict[tuple[int, int, int], torch.Tensor] = field(default_factory=dict)
+    _shares: list[Share] = field(default_factory=list)
 
     def slots(self, tail: int, most: int, together: int = 1) -> torch.Tensor:
         """Which rows are scored by which program: int32 [N, 3] of (q block, slot, whole).
@@ -67,6 +78,18 @@ class Work:
             rows = _in_sets(rows, span[block], together)
             self._slots[key] = to_device(rows, self.blocks.device)
         return self._slots[key]
+
+    def shares(self) -> list[Share]:
+        """The requests that are computed, each by itself."""
+        if not self._shares:
+            for span, (length, context) in enumerate(self.lengths):
+                # From the smallest context; copied, since torch knows no negative strides.
+                own = np.flatnonzero(self.edges[:, 7] == span)[::-1].copy()
+                request, row = (int(self.edges[own[0], column]) for column in (0, 4))
+                places = to_device(own, self.blocks.device, np.int64)
+                rows, prompt = slice(row, row + length), int(self.prompts[span])
+                self._shares.append(Share(request, rows, context, prompt, places))
+        return self._shares
 
     def causal(self, table: PolicyTable) -> list[int]:
         """The causal tiles of each q head, in its own tile size."""
