@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from vllm_sparse_backend.backend.observe import Call
 from vllm_sparse_backend.calibrate.candidates import FUSED, LADDERS, Ladder, ladders_of
+from vllm_sparse_backend.calibrate.command import _usable
 from vllm_sparse_backend.calibrate.documents import Document
 from vllm_sparse_backend.calibrate.measure import LayerRecord
 from vllm_sparse_backend.calibrate.parts import PartsFolder
@@ -35,10 +36,12 @@ from vllm_sparse_backend.config import SparseConfig
 from vllm_sparse_backend.offline import EngineOptions
 from vllm_sparse_backend.ops import layout, reference
 from vllm_sparse_backend.ops.tiles import q_blocks
+from vllm_sparse_backend.options import Refused, parse_names
 from vllm_sparse_backend.profile import ModelFacts, load_profile
 from vllm_sparse_backend.selection import DENSE, ListSelector, Static, label
 from vllm_sparse_backend.selection.s2 import Strided
 from vllm_sparse_backend.selection.seer import Seer
+from vllm_sparse_backend.target import Cpu, why_untimed
 
 SETTINGS = (Strided(stride=2, local=64), Strided(stride=5, tile=64, local=64), Nothing(local=64))
 LISTED = (*LADDERS, Ladder("listed", SETTINGS))
@@ -99,13 +102,13 @@ def test_a_list_selectors_cost_is_measured() -> None:
     table = tabulate([listed_part(0, group), listed_part(1, group)], LISTED)
     at = [i for i, its in enumerate(table.candidates) if isinstance(its.policy, ListSelector)]
     assert [table.candidates[i].policy for i in at] == list(SETTINGS)
-    cost = relative_cost(table, "avx2", 64)
+    cost = relative_cost(table, Cpu("avx2"), 64)
     for i, share in zip(at, (0.1, 0.2, 0.4), strict=True):
         np.testing.assert_allclose(cost[i], table.density[i, 0] + share)
     assert (table.selection[: at[0]] == 0).all() and (table.selection[-1] == 0).all()
     # Beside it, the fused ones are what they are without.
     alone = tabulate([fused_part(0, group), fused_part(1, group)])
-    np.testing.assert_array_equal(cost[: at[0]], relative_cost(alone, "avx2", 64)[:-1])
+    np.testing.assert_array_equal(cost[: at[0]], relative_cost(alone, Cpu("avx2"), 64)[:-1])
 
 
 @pytest.mark.parametrize("rule", list(Rule))
@@ -113,7 +116,7 @@ def test_heads_get_what_they_may(rule: Rule) -> None:
     table = tabulate([listed_part(0, Group("text", 4096))], LISTED)
     budget = {Rule.SALE: 50.0, Rule.MINFERENCE: 0.5}.get(rule, 1.0)
     for methods in (("listed", "sale"), ("sale",), ("sale", "static", "mass")):
-        cost = relative_cost(table, "avx2", 64, methods)
+        cost = relative_cost(table, Cpu("avx2"), 64, methods)
         choice = choose(table, cost, rule, budget, sensitivity=np.ones((2, 3)))
         ladders = {table.candidates[i].ladder for i in choice.flat} - {-1}
         assert {table.ladders[i].selector for i in ladders} <= set(methods)
@@ -140,7 +143,8 @@ def test_choosing_is_told_of_the_steps_that_were_measured() -> None:
     q, k, v = make_qkv(1, length, length, heads=2, kv_heads=1)
     cache = layout.pack(k, v)
     table = torch.arange(len(cache), dtype=torch.int32)[None]
-    recorder = Recorder(group, SparseConfig(), 5, "seed", lambda: None, LISTED, length)
+    starts = range(0, length, chunk)
+    recorder = Recorder(group, SparseConfig(), starts, length, lambda: None, LISTED)
     for end in range(chunk, length + 1, chunk):  # two of five reach `min_prompt_tokens`
         at, ends = (torch.tensor(x, dtype=torch.int32) for x in ([0, chunk], [end]))
         recorder(Call(3, [0], q[end - chunk : end], cache, table, at, ends, 0.125, "vec"))
@@ -162,7 +166,7 @@ def test_other_gates_or_threads_are_measured_anew(tmp_path: Path) -> None:
         file_digest.cache_clear()
         wanted = Wanted(
             EngineOptions("model", 4096), "name", ("text",), (4096,), Rule.HEAD, 0.02, 1.0, 16, 0,
-            tmp_path / "p.json", ladders=(*LADDERS, *more),
+            tmp_path / "p.json", Cpu("avx2"), ladders=(*LADDERS, *more),
         )  # fmt: skip
         return _key(wanted, Model(facts, (0,)), document, "dense")
 
@@ -178,6 +182,28 @@ def test_other_gates_or_threads_are_measured_anew(tmp_path: Path) -> None:
         assert key(seer) != first and key() == fused, "no times are measured of fused ones"
     finally:
         set_num_threads(threads)
+
+
+def test_what_they_take_is_measured_here_or_not_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vllm_sparse_backend.target.here", lambda: "avx2")
+    assert why_untimed("avx2") is None
+    assert why_untimed("avx512") == (
+        "the time that list selectors take is measured, and this machine is avx2, not avx512"
+    )
+    said = why_untimed("sm_90")
+    assert said == "nothing is known of the time that list selectors take on sm_90"
+    look = Model(
+        ModelFacts(
+            architecture="LlamaForCausalLM", num_layers=1, num_heads=4, num_kv_heads=2, head_dim=64
+        ),
+        (0,),
+    )
+    with pytest.raises(Refused, match="--methods strided: nothing is known of the time"):
+        _usable(parse_names("sale,strided", ["sale", "strided"]), look, "sm_90")
+    usable, ladders = _usable(parse_names("all", ["sale", "strided"]), look, "sm_90")
+    assert usable == ("sale",) and ladders == LADDERS
 
 
 def test_ladders_are_the_fused_ones_and_those_named() -> None:
@@ -216,6 +242,13 @@ def test_a_profile_of_list_selectors(tiny_llama: Path, tmp_path: Path) -> None:
     assert {head.policy.selector for head in found.heads} == {"strided"}
     assert "engine" not in more.output.lower(), "it was measured before"
     assert all(seconds > 0 for seconds in found.choosing.values()) and found.choosing
+    before = output.read_bytes()
+    again = CliRunner().invoke(
+        app,
+        [*command(tiny_llama, words, output, "--no-copies", "--blocks", "4")[1:],
+         "--methods", "strided", "--error", "1", "--json"],
+    )  # fmt: skip
+    assert again.exit_code == 0 and output.read_bytes() == before, "times are kept, too"
     calibration = load_profile(output).calibration
     assert calibration is not None and calibration.note is not None
     assert "choosing tiles, measured, of a step and layer; strided" in calibration.note

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import random
-
+import numpy as np
 import pytest
 import torch
 from _attention import make_qkv
 
+from vllm_sparse_backend.backend.observe import Call
 from vllm_sparse_backend.calibrate.candidates import LADDERS, SCORED, Ladder, levels, octave_of
-from vllm_sparse_backend.calibrate.measure import LayerRecord, Outcome, outcomes, sampled
-from vllm_sparse_backend.ops import reference
+from vllm_sparse_backend.calibrate.measure import LayerRecord, Outcome, of_step, outcomes, sampled
+from vllm_sparse_backend.calibrate.record import Recorder
+from vllm_sparse_backend.calibrate.table import Group, Part
+from vllm_sparse_backend.config import SparseConfig
+from vllm_sparse_backend.ops import layout, reference
 from vllm_sparse_backend.ops.tiles import QBlock, TileList, q_blocks
 from vllm_sparse_backend.selection import DENSE, AnyPolicy
 from vllm_sparse_backend.selection.estimate import estimates
@@ -33,7 +36,7 @@ def dense_tiles(
     return reference.select(q[:, None], k[:, None], [policy], SCALE, prompt_len)
 
 
-@pytest.mark.parametrize("ladder", LADDERS, ids=lambda ladder: ladder.selector)
+@pytest.mark.parametrize("ladder", LADDERS, ids=lambda ladder: ladder.name)
 def test_levels_are_the_settings_that_keep_a_tile(
     ladder: Ladder, qkv: tuple[torch.Tensor, ...]
 ) -> None:
@@ -41,7 +44,9 @@ def test_levels_are_the_settings_that_keep_a_tile(
     blocks = q_blocks(ROWS, LENGTH)
     found = [
         levels(ladder, block, scores)
-        for block, scores in zip(blocks, estimates(SCORED, q, k, SCALE, blocks), strict=True)
+        for block, scores in zip(
+            blocks, estimates(SCORED[ladder.row_stride or 1], q, k, SCALE, blocks), strict=True
+        )
     ]
     differ = total = 0
     for i, setting in enumerate(ladder.settings):
@@ -56,7 +61,7 @@ def test_levels_are_the_settings_that_keep_a_tile(
     assert any(int(level.unique().numel()) > 2 for level in found), "nothing to tell apart"
 
 
-@pytest.mark.parametrize("ladder", LADDERS, ids=lambda ladder: ladder.selector)
+@pytest.mark.parametrize("ladder", LADDERS, ids=lambda ladder: ladder.name)
 def test_settings_are_nested(ladder: Ladder, qkv: tuple[torch.Tensor, ...]) -> None:
     counts = [dense_tiles(setting, qkv).computed[0] for setting in ladder.settings]
     assert counts == sorted(counts, reverse=True)
@@ -122,7 +127,7 @@ def test_only_a_prompts_end_has_a_tail() -> None:
 
     assert kept(700) == kept(None)
     for ladder, there, midst in zip(LADDERS, kept(700), kept(5000), strict=True):
-        assert there == midst if ladder.selector == "static" else there > midst
+        assert there > midst if ladder.row_stride > 1 else there == midst
 
 
 def test_nothing_measured_is_an_error() -> None:
@@ -130,20 +135,53 @@ def test_nothing_measured_is_an_error() -> None:
         LayerRecord(1).sums()
 
 
-def test_sampled_blocks() -> None:
-    rng = random.Random(0)
-    for query_len, seq_len, count in [
-        (2048, 2048, 4),
-        (2048, 8192, 1),
-        (100, 5000, 8),
-        (64, 64, 3),
-    ]:
-        blocks = q_blocks(query_len, seq_len)
-        chosen = sampled(query_len, seq_len, count, rng)
-        assert len(chosen) == min(count, len(blocks))
-        assert chosen == sorted(set(chosen))
-        assert set(chosen) <= set(blocks)
-        assert chosen[-1] == blocks[-1], "questions stand at the end"
+@pytest.mark.parametrize("count", [1, 4, 16, 1000])
+@pytest.mark.parametrize("length", [1, 64, 65, 2304, 4099, 32767, 131071])
+def test_sampled_blocks(length: int, count: int) -> None:
+    every = q_blocks(length, length)
+    chosen = sampled(length, count, "seed")
+    assert chosen == sorted(set(chosen)) == sampled(length, count, "seed")
+    assert set(chosen) <= {block.start for block in every}
+    assert chosen[-1] == every[-1].start, "questions stand at the end"
+    # As many as the setting says at any length, one from each of as many equal parts.
+    assert len(chosen) == min(count, len(every))
+    parts = [start // 64 * len(chosen) / len(every) for start in chosen]
+    assert all(i - 1 < part < i + 1 for i, part in enumerate(parts))
+
+
+def test_sampled_blocks_lie_anywhere_in_a_chunk() -> None:
+    at = [start // 64 % 32 for seed in range(20) for start in sampled(32768, 16, f"{seed}")[:-1]]
+    counts = [at.count(place) for place in range(32)]
+    assert max(counts) < 30 and counts.count(0) <= 2, "each of 32 gets some 9 of 300"
+    assert sampled(32768, 16, "0") != sampled(32768, 16, "1")
+
+
+def test_the_same_blocks_are_measured_in_any_chunks() -> None:
+    length, group = 6100, Group("text", 6144)
+    q, k, v = make_qkv(1, length, length, heads=2, kv_heads=1)
+    cache, starts = layout.pack(k, v), sampled(length, 8, "seed")
+    table = torch.arange(len(cache), dtype=torch.int32)[None]
+
+    def measured(chunk: int) -> tuple[Part, int]:
+        told: list[None] = []
+        recorder = Recorder(group, SparseConfig(), starts, length, lambda: told.append(None))
+        for begin in range(0, length, chunk):
+            end = min(begin + chunk, length)
+            at, ends = (torch.tensor(x, dtype=torch.int32) for x in ([0, end - begin], [end]))
+            recorder(Call(3, [0], q[begin:end], cache, table, at, ends, 0.125, "vec"))
+        return recorder.part(), len(told)
+
+    (whole, once), (parts, often) = measured(length), measured(2048)
+    assert (once, often) == (1, 3)
+    assert whole.rows.sum() == parts.rows.sum() == 7 * 64 + length % 64
+    assert list(whole.octaves) == list(parts.octaves)
+    for name in ("size", "rows", "causal"):
+        np.testing.assert_allclose(getattr(whole, name), getattr(parts, name), rtol=1e-5)
+    # Where chunks meet within a block, both have rows of it.
+    assert [b for end in (3000, 6000) for b in of_step([2944, 3008], 3000, end)] == [
+        QBlock(2944, 2944, 3000), QBlock(2944, 3000, 3008), QBlock(3008, 3008, 3072),
+    ]  # fmt: skip
+    assert of_step([64], 64, 64) == []
 
 
 def test_a_slope_moves_thresholds_as_the_kernels_do() -> None:
@@ -167,6 +205,6 @@ def test_levels_of_what_cannot_be_judged() -> None:
     k[400] = torch.nan
     block = q_blocks(64, 700)[0]
     assert isinstance(block, QBlock)
-    scores = next(iter(estimates(SCORED, q, k, SCALE, [block])))
+    scores = next(iter(estimates(SCORED[4], q, k, SCALE, [block])))
     for ladder in LADDERS[:2]:
         assert levels(ladder, block, scores)[400 // 16] == len(ladder.settings)

@@ -28,7 +28,8 @@ from vllm_sparse_backend.calibrate.table import (
     tabulate,
 )
 from vllm_sparse_backend.errors import SparsePrefillError
-from vllm_sparse_backend.selection import DENSE, Sale
+from vllm_sparse_backend.selection import DENSE, Sale, Static
+from vllm_sparse_backend.target import Cpu, Gpu
 
 LAYERS, HEADS, DIM = 2, 3, 64
 SENSITIVITY = np.array([[1.0, 0.1, 10.0], [1e-3, 1.0, 0.3]])
@@ -73,7 +74,7 @@ def twin_heads(table: Table) -> Table:
 
 @pytest.fixture(scope="module")
 def cost(table: Table) -> np.ndarray:
-    return relative_cost(table, "avx2", DIM)
+    return relative_cost(table, Cpu("avx2"), DIM)
 
 
 def test_the_table_has_every_candidate_and_group(table: Table) -> None:
@@ -127,7 +128,7 @@ def test_no_error_is_dense_and_any_is_the_cheapest(
 @given(budget=st.floats(0.0005, 0.5), tail=st.floats(0.01, 2))
 def test_every_head_is_within_its_budget(budget: float, tail: float) -> None:
     table = small_table()
-    cost = relative_cost(table, "avx2", DIM)
+    cost = relative_cost(table, Cpu("avx2"), DIM)
     choice = choose(table, cost, Rule.HEAD, budget, tail)
     error = np.take_along_axis(table.error.max(1), choice[None], 0)[0]
     worst = np.take_along_axis(table.tail.max(1), choice[None], 0)[0]
@@ -150,7 +151,7 @@ def test_a_global_budget_buys_more_than_one_for_each(table: Table, cost: np.ndar
 @given(budget=st.floats(1e-6, 0.5))
 def test_a_loss_budget_goes_where_the_model_does_not_mind(budget: float) -> None:
     table = twin_heads(small_table())
-    cost = relative_cost(table, "avx2", DIM)
+    cost = relative_cost(table, Cpu("avx2"), DIM)
     nats = divergence(table, SENSITIVITY)
     np.testing.assert_allclose(nats[0], table.square[0] * SENSITIVITY / 2)
 
@@ -198,6 +199,33 @@ def test_cost_of_dense_is_one_and_grows_with_density(table: Table, cost: np.ndar
     of_sale = cost[: len(THRESHOLDS)]
     assert (np.diff(of_sale, axis=0) <= 1e-12).all(), "a greater threshold costs no more"
     assert (of_sale >= table.density[: len(THRESHOLDS)].mean(1)).all(), "selection costs something"
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90", "sm_100"])
+def test_a_gpus_costs_are_the_mean_of_both_ends(table: Table, arch: str) -> None:
+    target = Gpu(arch, 3)
+    made = relative_cost(table, target, DIM)
+    ends = [relative_cost(table, _Alone(end), DIM) for end in target.ends]
+    np.testing.assert_allclose(made, (ends[0] + ends[1]) / 2)
+    assert np.allclose(made[-1], 1)
+    of_sale = slice(0, len(THRESHOLDS))
+    selection = (made - table.density.mean(1))[of_sale]
+    assert (np.diff(made[of_sale], axis=0) <= 1e-12).all()
+    assert selection.min() > 0 and np.ptp(selection) < 1e-9, "whatever the threshold"
+    # A window is found without scores: next to nothing beside them.
+    window = next(i for i, its in enumerate(table.candidates) if isinstance(its.policy, Static))
+    assert (made - table.density.mean(1))[window].max() < 0.2 * selection.min()
+
+
+class _Alone(Gpu):
+    """One end of the range by itself."""
+
+    def __init__(self, end: Any) -> None:
+        super().__init__(end.name, end.group, end.chunk, end.end)
+
+    @property
+    def ends(self) -> tuple[Any, ...]:
+        return (self,)
 
 
 def test_finished_parts_are_found_again(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -98,6 +99,21 @@ def test_validate_refuses_in_one_line(tmp_path: Path, text: str, message: str) -
     assert done.exit_code == 1
     assert message in done.output
     assert done.output.count("\n") == 1
+
+
+def test_validate_says_what_does_not_fit(tiny_llama: Path, tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(profile_text())
+
+    other = tmp_path / "other"
+    shutil.copytree(tiny_llama, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    fits, does_not = (fresh("validate", str(path), "--model", str(m)) for m in (tiny_llama, other))
+    assert fits.returncode == 0 and f"; fits {tiny_llama}" in fits.stdout, fits.stderr
+    assert does_not.returncode == 1
+    assert does_not.stderr.startswith("error: ") and does_not.stdout == ""
+    assert "num_layers: the profile has 2, the model 3" in does_not.stderr
 
 
 def test_doctor_wants_a_model_with_a_profile(tmp_path: Path) -> None:

@@ -44,6 +44,7 @@ from vllm_sparse_backend.selection import (
 from vllm_sparse_backend.selection.s2 import Strided
 from vllm_sparse_backend.selection.seer import Seer
 from vllm_sparse_backend.selection.view import View
+from vllm_sparse_backend.target import here
 
 LENGTH = 2304
 SECONDS = 300
@@ -311,8 +312,8 @@ def test_what_misses_a_file_is_left_out_unless_it_was_asked_for(
         rehearse_all(choose("strided", [Seer(gates="mine.safetensors")]), FACTS, (0, 1))
     known = [*FUSED, *registry.known()]
     with pytest.raises(Refused, match="--methods seer: gates gates"):
-        calibrations_usable(parse_names("seer", known), Model(FACTS, (0, 1)))
-    usable, ladders = calibrations_usable(parse_names("all", known), Model(FACTS, (0, 1)))
+        calibrations_usable(parse_names("seer", known), Model(FACTS, (0, 1)), here())
+    usable, ladders = calibrations_usable(parse_names("all", known), Model(FACTS, (0, 1)), here())
     assert set(usable) == {*FUSED, *registry.known()} - {"seer"}
     assert [ladder.selector for ladder in ladders[3:]] == list(usable[3:])
 

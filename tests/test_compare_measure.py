@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from importlib import import_module
 from pathlib import Path
 
@@ -141,9 +143,16 @@ def test_a_server_follows_no_policy_in_short_contexts(layer: Layer, bench: Bench
 
 def test_the_same_blocks_are_judged_in_every_layer(bench: Bench, layer: Layer) -> None:
     other = Bench(layer, 5, ENDS, HOW)
-    step = layer.step(1024, 2048)
-    assert bench._sampled(step) == other._sampled(step)
-    assert len(bench._sampled(step)) == round(HOW.blocks * 1024 / LENGTH)
+    steps = [layer.step(start, end) for start, end in itertools.pairwise([0, *ENDS])]
+    chosen = [bench._sampled(step) for step in steps]
+    assert chosen == [other._sampled(step) for step in steps]
+    assert sum(map(len, chosen)) == HOW.blocks and chosen[-1][-1].end == LENGTH
+
+
+def test_a_step_may_have_no_block_to_judge(layer: Layer, bench: Bench) -> None:
+    few = Bench(layer, 0, ENDS, dataclasses.replace(HOW, blocks=1))
+    (its,), (more,) = few.round([Setting(Static(local=256))]), bench.round([Setting(DENSE)])
+    assert its.causal == more.causal and its.error > 0 and min(its.seconds) > 0
 
 
 def test_a_point_is_the_sum_of_its_layers(bench: Bench) -> None:

@@ -138,6 +138,11 @@ def test_the_dtype_is_what_the_machine_multiplies_fast(
         cpuinfo.write_text(text)
         monkeypatch.setattr(machine, "CPUINFO", cpuinfo)
         assert machine.fast_dtype() == want
+    with monkeypatch.context() as patch:  # whatever the CPU beside it
+        cpuinfo.write_text("flags : fpu avx2 fma\n")
+        patch.setattr(machine, "gpu", lambda: "NVIDIA A100-SXM4-80GB")
+        assert machine.fast_dtype() == "bfloat16"
+        assert machine.this_machine().describe().startswith("NVIDIA A100-SXM4-80GB; ")
     options = plan(dtype="float32").setups[0].options
     sides: tuple[Side, Side] = ("dense", "sparse")
     for side in sides:

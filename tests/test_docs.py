@@ -23,7 +23,11 @@ SERVING = (
     *("backend/*.py", "*.py", "ops/cpu/core.py", "ops/cpu/run.py"),
     *("selection/kept.py", "selection/named.py", "selection/registry.py"),
 )
-NOT_SERVING = ("cli.py", "compat_rotary.py", "doctor.py", "errors.py", "offline.py", "options.py")
+NOT_SERVING = (
+    *("cli.py", "compat_rotary.py", "doctor.py", "errors.py", "files.py", "offline.py"),
+    "options.py",
+    "target.py",
+)
 # Characters of a message that are the same every time: shorter ones are found everywhere.
 LEAST = 12
 # For whoever programs with the package, not for whoever runs a server.

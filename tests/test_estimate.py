@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,6 +20,7 @@ from vllm_sparse_backend.calibrate.results import measurement_of
 from vllm_sparse_backend.cli import app
 from vllm_sparse_backend.ops.cpu import cost
 from vllm_sparse_backend.ops.tiles import causal_tiles, q_blocks
+from vllm_sparse_backend.ops.triton import cost as gpu_cost
 from vllm_sparse_backend.profile import ModelFacts
 from vllm_sparse_backend.report.estimate import Estimate, origin
 from vllm_sparse_backend.report.estimation import seconds
@@ -32,15 +34,18 @@ from vllm_sparse_backend.report.prediction import (
     predict,
 )
 from vllm_sparse_backend.selection import DENSE, AnyPolicy, Mass, Sale, Static, static
+from vllm_sparse_backend.target import Cpu, Gpu
 
 WIDE = ModelFacts(
     architecture="LlamaForCausalLM", num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128
 )
 
+AVX512 = Cpu("avx512_bf16")
+
 
 def subject(policy: AnyPolicy = Mass(), **more: Any) -> Subject:  # noqa: B008  (frozen)
     fields: dict[str, Any] = {
-        "facts": WIDE, "isa": "avx512_bf16", "dtype": "bfloat16", "threads": 1,
+        "facts": WIDE, "target": AVX512, "dtype": "bfloat16", "threads": 1,
         "chunk_tokens": 2048, "min_prompt_tokens": 2048, "parameters": 7_000_000_000,
         "policies": {policy: 32 * 32}, "windows": [],
     }  # fmt: skip
@@ -91,7 +96,7 @@ def test_threads_share_and_matrix_products_are_the_rest() -> None:
     one, eight = predict(subject(), 8192), predict(subject(threads=8), 8192)
     assert eight.sparse == pytest.approx(one.sparse / 8)
     assert one.rest == pytest.approx(2 * 7e9 * 8192 / 440e9)
-    assert one.dense_ttft == one.base + one.rest
+    assert one.rest is not None and one.dense_ttft == one.base + one.rest
     assert one.dense_share == pytest.approx(one.base / one.dense_ttft)
     assert one.sparse_share < one.dense_share < predict(subject(), 65536).dense_share
 
@@ -129,13 +134,14 @@ def test_expected_densities_fall_with_the_length_to_the_share_kept() -> None:
 
 @pytest.mark.parametrize("isa", list(cost.RATES))
 def test_it_breaks_even_where_the_prediction_says_so(isa: str) -> None:
-    least = break_even(subject(isa=isa, min_prompt_tokens=1))
+    target = Cpu(isa)
+    least = break_even(subject(target=target, min_prompt_tokens=1))
     assert least is not None and least % 64 == 0
-    row = predict(subject(isa=isa, min_prompt_tokens=1), 2 * least)
+    row = predict(subject(target=target, min_prompt_tokens=1), 2 * least)
     assert row.sparse < min(row.keep_all, row.base)
-    later = break_even(subject(isa=isa, min_prompt_tokens=50_000))
+    later = break_even(subject(target=target, min_prompt_tokens=50_000))
     assert later is not None and 49_900 < later < 50_200
-    assert break_even(subject(DENSE, isa=isa)) is None
+    assert break_even(subject(DENSE, target=target)) is None
 
 
 def test_parameters_are_those_of_a_llama_like_block() -> None:
@@ -159,7 +165,7 @@ def test_seconds_have_three_figures() -> None:
     [
         (["--lengths", "4096,many"], "--lengths: want numbers"),
         (["--lengths", "0"], "--lengths: want numbers"),
-        (["--isa", "avx1024"], "--isa: want one of avx512_bf16, "),
+        (["--target", "avx1024"], "--target: want one of avx512_bf16, "),
         (["--profile", "no/such.json"], "no/such.json"),
     ],
 )
@@ -170,10 +176,20 @@ def test_what_is_wrong_is_named_before_vllm_is_asked(arguments: list[str], messa
     assert done.stderr.count("\n") == 1
 
 
-def fresh(*arguments: str) -> subprocess.CompletedProcess[str]:
+def fresh(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     code = "from vllm_sparse_backend.cli import app; app()"
     command = [sys.executable, "-c", code, "estimate", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=480, check=False)
+    env = {**os.environ, **variables}
+    return subprocess.run(
+        command, env=env, capture_output=True, text=True, timeout=480, check=False
+    )
+
+
+def test_what_is_switched_off_is_predicted_all_the_same(tmp_path: Path) -> None:
+    arguments = [str(make_llama(tmp_path / "llama")), "--lengths", "8192", "--json"]
+    off, on = fresh(*arguments, VLLM_SPARSE_PREFILL_ENABLED="false"), fresh(*arguments)
+    assert off.returncode == 0 == on.returncode, off.stderr
+    assert json.loads(off.stdout)["rows"] == json.loads(on.stdout)["rows"]
 
 
 def test_a_model_without_weights_is_predicted(tmp_path: Path) -> None:
@@ -183,7 +199,7 @@ def test_a_model_without_weights_is_predicted(tmp_path: Path) -> None:
     facts = FACTS.model_copy(update={"num_layers": 2})
     path = save_both(tmp_path, profile(facts=facts))
     done = fresh(
-        str(model), "--profile", str(path), "--isa", "avx512_bf16", "--lengths", "4096,16384",
+        str(model), "--profile", str(path), "--target", "avx512_bf16", "--lengths", "4096,16384",
         "--json",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -199,9 +215,75 @@ def test_a_model_without_weights_is_predicted(tmp_path: Path) -> None:
         assert row["sparse"] < row["keep_all"] < row["base"]
 
 
+def gpu_subject(policy: AnyPolicy = Mass(), arch: str = "sm_90", **more: Any) -> Subject:  # noqa: B008
+    return subject(policy, target=Gpu(arch, 4), **more)
+
+
+def test_a_gpus_row_is_a_range_and_says_nothing_of_the_rest() -> None:
+    row = predict(gpu_subject(Sale(tail=0)), 65536)
+    assert row.rest is None
+    assert row.sparse_best is not None and row.keep_all_best is not None
+    assert row.sparse_best < row.sparse < row.keep_all and row.keep_all_best < row.keep_all
+    whole = 32 * gpu_cost.dense_seconds("sm_90", 65536, 65536, 32, 128)
+    assert row.base == pytest.approx(whole)
+    # Up to `min_prompt_tokens` the base backend computes.
+    short = predict(gpu_subject(), 1024)
+    assert short.sparse == short.base == short.sparse_best and short.density == 1.0
+    # Windows are the base's, as on CPUs.
+    half = gpu_subject(policies={Mass(): 16 * 32}, windows=[512] * 16)
+    assert predict(half, 65536).base < 0.52 * row.base
+
+
+def test_a_gpu_breaks_even_against_its_dense_attention() -> None:
+    worse, better = (break_even(subject(target=end)) for end in reversed(Gpu("sm_90", 4).ends))
+    assert worse is not None and better is not None and better <= worse
+    row = predict(gpu_subject(), 2 * worse)
+    assert row.sparse < row.base
+    # Half of the tiles by this kernel, not tuned for B200, take longer than FlashAttention 4.
+    assert break_even(gpu_subject(arch="sm_100")) is None
+
+
+def test_of_a_gpu_everything_is_called_a_prediction(tmp_path: Path) -> None:
+    model = make_llama(tmp_path / "llama")
+    for weights in model.glob("*.safetensors"):
+        weights.unlink()
+    done = fresh(str(model), "--target", "sm_90", "--lengths", "4096,65536", "--json")
+    assert done.returncode == 0, done.stderr
+    made = json.loads(done.stdout)
+    assert (made["isa"], made["base"], made["timed"]) == ("sm_90", "FA3", False)
+    assert made["whose"] == "one H100 (sm_90), PREDICTED and never timed on hardware"
+    assert made["matmul_rate"] is None and made["core_from"] is None
+    for row in made["rows"]:
+        assert row["rest"] is None and row["sparse_best"] < row["sparse"]
+    shown = Estimate.model_validate(made)
+    assert "PREDICTED, never timed on hardware" in shown.title()
+    said = "\n".join(shown.notes())
+    for words in (
+        "predicted to pay at no length at the worse end, from ", "published peaks",
+        "TTFT, and attention's share of it, are not", "Chunks of 8192",
+        "the truth may lie above either end", "FA3's rate is its published one",
+    ):  # fmt: skip
+        assert words in said
+    assert "CPU_ATTN" not in said and "thread" not in said
+    never = shown.model_copy(update={"break_even": None, "break_even_best": None})
+    assert "predicted to pay at no length, at either end" in never.notes()[0]
+    printed = fresh(str(model), "--target", "sm_90", "--lengths", "65536")
+    assert printed.returncode == 0, printed.stderr
+    table = printed.stdout.split("Following")[0]
+    assert "milliseconds" in table and "PREDICTED, never timed on" in table
+    assert "TTFT" not in table and table.rstrip().splitlines()[-1].count(" to ") == 3
+    for arguments, words in (
+        (("--threads", "4"), "--threads: want it with a CPU's --target, got it with sm_90"),
+        (("--dtype", "float32"), "of sm_90 bfloat16 and float16 are predicted, got float32"),
+    ):
+        refused = fresh(str(model), "--target", "sm_90", *arguments)
+        assert refused.returncode == 2 and words in refused.stderr, refused.stderr
+
+
 def test_the_notes_say_what_the_figures_rest_on() -> None:
     made = Estimate(
-        model="m", facts=WIDE, policies="profile p", isa="avx512", dtype="bfloat16", threads=1,
+        model="m", facts=WIDE, policies="profile p", isa="avx512", whose="one thread with avx512",
+        timed=True, dtype="bfloat16", threads=1,
         chunk_tokens=2048, positions=8192, parameters=7_000_000_000, matmul_rate=85,
         matmul_measured=False, density_from="expected", sparse_layers=16,
         dense_layers={"sliding_window": 15, "sinks": 1}, core_from=128, break_even=2048,

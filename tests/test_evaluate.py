@@ -401,7 +401,10 @@ def test_a_whole_run_of_a_tiny_model(tiny_llama: Path, words: Path, tmp_path: Pa
         assert 0.4 < row.sparse_share < 1
         # A window of 64 in one of two layers of random weights moves losses, and by little.
         assert 0 < abs(row.likelihood.change_percent) < 20
+    (tmp_path / "out" / "eval.json").rename(tmp_path / "first.json")
+    (tmp_path / "out" / "eval.json").mkdir()  # results that cannot be written are shown
     again = _eval(str(tiny_llama), *options)  # the dense side is there
+    assert again.returncode == 2 and "eval.json: cannot be written (Is a d" in again.stderr
     assert Evaluation.model_validate_json(again.stdout).rows == results.rows
     assert "8 of 8 documents were read for an earlier" in again.stderr
     assert "dense: text (text), 1024 tokens" in again.stderr and "CPU_ATTN" not in again.stderr

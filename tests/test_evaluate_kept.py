@@ -11,7 +11,8 @@ from vllm_sparse_backend.demo.machine import this_machine
 from vllm_sparse_backend.evaluate import kept
 from vllm_sparse_backend.evaluate.kept import DenseReadings
 from vllm_sparse_backend.evaluate.readings import Reading
-from vllm_sparse_backend.offline import EngineOptions
+from vllm_sparse_backend.offline import EngineOptions, refuse_lone_row
+from vllm_sparse_backend.options import Refused
 from vllm_sparse_backend.tasks.items import Item, Question
 
 OPTIONS = EngineOptions("model", 1024)
@@ -48,3 +49,19 @@ def test_times_are_of_the_same_machine(folder: Path, monkeypatch: pytest.MonkeyP
     other = this_machine().model_copy(update={"cores": 64})
     monkeypatch.setattr(kept, "this_machine", lambda: other)
     assert _found(folder) == (False, True)
+
+
+def test_a_gpu_is_another_machine(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In what is read as in how long it takes; without one all is as before there was a field."""
+    assert this_machine().gpu is None and "gpu" not in OPTIONS.identity()
+    assert "gpu" not in DenseReadings(folder, OPTIONS)._machine
+    monkeypatch.setattr("vllm_sparse_backend.offline.gpu", lambda: "NVIDIA H100 80GB HBM3")
+    assert _found(folder) == (False, False)
+
+
+def test_a_lone_row_is_refused_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse_lone_row(4097, 2048)
+    monkeypatch.setattr("vllm_sparse_backend.offline.gpu", lambda: "NVIDIA H100 80GB HBM3")
+    refuse_lone_row(4098, 2048)
+    with pytest.raises(Refused, match="4097 tokens in steps of 2048: want no last step of one"):
+        refuse_lone_row(4097, 2048)

@@ -214,6 +214,8 @@ def test_sparse_softmax_has_no_selector(take: Callable[..., Any]) -> None:
         ({"target_sparsity": 2}, ".*less than or equal to 1"),
         ({"ignore": ["model.layers.2.self_attn"]}, "ignore: want modules of layers 0 to 1"),
         ({"ignore": ["vision"]}, "ignore: .*got 'vision'"),
+        ({"ignore": ["*vision*"]}, "ignore: .*got '[*]vision[*]', which matches none"),
+        ({"ignore": ["*layers.7.*"]}, "ignore: .*which matches none"),
         ({"initial_disabled_steps": 3}, ".*initial_disabled_steps"),
         ({"per_head": {}}, ".*per_head: unknown field"),
         ({"algorithm": "vsa"}, "all layers and heads want vsa"),

@@ -21,9 +21,11 @@ from typer.testing import CliRunner
 from vllm_sparse_backend.calibrate.results import measurement_of
 from vllm_sparse_backend.cli import app
 from vllm_sparse_backend.ops import reference
+from vllm_sparse_backend.options import Refused
 from vllm_sparse_backend.profile import ModelFacts, Profile
 from vllm_sparse_backend.report.attention import AttentionMap
 from vllm_sparse_backend.report.attention_plot import attention_figure
+from vllm_sparse_backend.report.capture import _tokens
 from vllm_sparse_backend.report.heads import Inspection, inspect_profile
 from vllm_sparse_backend.report.heads_plot import heads_figure
 from vllm_sparse_backend.report.heads_table import by_threshold, colour, print_heads
@@ -256,6 +258,26 @@ def test_a_map_is_drawn_with_its_figures_and_cautions() -> None:
     ):  # fmt: skip
         assert wanted in said
     assert "never pays" in AttentionMap("p", 0, 0, Mass(), "t", 64, None).summary().caution()
+
+
+def test_a_text_is_read_with_what_stands_in_front_of_every_prompt(tmp_path: Path) -> None:
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer
+
+    model, text = make_llama(tmp_path / "llama"), tmp_path / "text.txt"
+    text.write_text("w5 w6 w7")
+    assert _tokens(str(model), text, None) == [5, 6, 7]
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    template = TemplateProcessing(single="w1 $A", special_tokens=[("w1", 1)])
+    tokenizer.backend_tokenizer.post_processor = template  # as of Gemma: <bos>, then the text
+    tokenizer.save_pretrained(model)
+    assert _tokens(str(model), text, None) == [1, 5, 6, 7]
+    assert _tokens(str(model), text, 2) == [1, 5]
+    with pytest.raises(Refused, match=r"--length 5: .*text.txt has 4 tokens"):
+        _tokens(str(model), text, 5)
+    text.write_text("")
+    with pytest.raises(Refused, match="no text in it"):
+        _tokens(str(model), text, None)
 
 
 def test_attention_of_a_served_model_from_text_to_picture(tmp_path: Path) -> None:

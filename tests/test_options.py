@@ -15,6 +15,7 @@ from vllm_sparse_backend.options import (
     EXIT_INTERRUPTED,
     EXTRAS,
     Refused,
+    check_output,
     errors_named,
     json_object,
     parse_lengths,
@@ -63,9 +64,10 @@ def _missing(module: str) -> ModuleNotFoundError:
             "error: x.json: No such file\n",
         ),
         (_missing("jinja2"), EXIT_FAILED, "named 'jinja2'; want it installed: pip install"),
-        (_missing("rich"), EXIT_FAILED, "[cpu,demo]'\n"),
-        (_missing("pandas"), EXIT_FAILED, "[cpu,demo,loadtest]'\n"),
-        (_missing("vllm"), EXIT_FAILED, "[cpu]'\n"),
+        (_missing("rich"), EXIT_FAILED, "pip install 'vllm-sparse-backend[demo]'\n"),
+        (_missing("pandas"), EXIT_FAILED, "pip install 'vllm-sparse-backend[loadtest]'\n"),
+        (_missing("vllm"), EXIT_FAILED, "[cpu]', or 'vllm-sparse-backend[cuda]' for GPUs"),
+        (_missing("safetensors"), EXIT_FAILED, "want it installed: pip install safetensors\n"),
         (_missing("vllm.no_such"), EXIT_FAILED, "the traceback above says where\n"),
         (KeyboardInterrupt(), EXIT_INTERRUPTED, "cut off\n"),
         (ZeroDivisionError("a bug"), EXIT_FAILED, "ZeroDivisionError: a bug"),
@@ -86,9 +88,41 @@ def test_every_package_of_an_extra_is_told_with_it() -> None:
     text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
     extras = tomllib.loads(text)["project"]["optional-dependencies"]
     modules = {"pyyaml": "yaml"}
-    for extra, told in (("demo", "cpu,demo"), ("loadtest", "cpu,demo,loadtest")):
+    for extra in ("demo", "loadtest"):
         packages = {re.split(r"[^\w-]", line)[0] for line in extras[extra]} - {"numpy"}
-        assert {modules.get(name, name) for name in packages} <= set(EXTRAS[told])
+        assert {modules.get(name, name) for name in packages} <= set(EXTRAS[extra])
+    # An extra that brings vLLM would put its build over the one that is there.
+    assert EXTRAS.keys() <= extras.keys() - {"cpu", "cuda"}
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (".", "want a file, got ., a folder"),
+        ("..", "want a file, got .., a folder"),
+        ("/", "want a file, got /, a folder"),
+        ("", "want a file, got ., a folder"),
+        ("/dev/null", "want a regular file, got /dev/null, which is something else"),
+        ("/proc/none/p.json", "want a folder to write in, got /proc "),
+        ("file/p.json", "want a folder to write in, got .*file .Not a directory"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str, said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    with pytest.raises(Refused, match=f"--out.*{said}"):
+        check_output(Path(given), "--out")
+    assert list(Path().iterdir()) == [Path("file")]
+
+
+def test_outputs_that_can_be_written(tmp_path: Path) -> None:
+    there = tmp_path / "there.json"
+    there.write_text("before")
+    for path in (there, tmp_path / "new.json", tmp_path / "no" / "folder" / "yet.json"):
+        check_output(path)
+    assert there.read_text() == "before" and list(tmp_path.iterdir()) == [there]
 
 
 def test_exits_and_usage_errors_pass_through() -> None:

@@ -26,7 +26,7 @@ from vllm_sparse_backend.calibrate.results import measurement_of
 from vllm_sparse_backend.cli import app
 from vllm_sparse_backend.evaluate.results import Evaluation
 from vllm_sparse_backend.profile import Profile
-from vllm_sparse_backend.report.calibration_plots import curves_figure
+from vllm_sparse_backend.report.calibration_plots import curves_figure, predicted_figure
 from vllm_sparse_backend.report.eval_plots import (
     needles_figure,
     perplexity_figure,
@@ -37,6 +37,7 @@ from vllm_sparse_backend.report.measured import Found
 from vllm_sparse_backend.report.page import Inputs, render_html
 from vllm_sparse_backend.report.svg import inline
 from vllm_sparse_backend.report.verdict import chosen_figures, headline, times, verdict
+from vllm_sparse_backend.target import Gpu
 
 MISSING = Found(Path("p.measurement.json"), None, "no measurement beside the profile")
 
@@ -113,6 +114,26 @@ def test_what_was_not_measured_is_left_out_with_what_would_make_it() -> None:
     evaluated = _Page(page(profile(), evaluation(profile()), measured=False))
     assert evaluated.seen["svg"] == 4
     assert "Nothing lost" in evaluated.text and "Densities are not known" in evaluated.text
+
+
+def test_what_is_predicted_of_a_gpu_says_so() -> None:
+    its = measurement(profile())
+    predicted = {
+        length: row.model_copy(update={"sparse_best": row.sparse / 2})
+        for length, row in its.predicted.items()
+    }
+    target = Gpu("sm_90", 2)
+    more = {"isa": target.name, "base": target.base, "whose": target.whose, "predicted": predicted}
+    shown = inline(predicted_figure(its.model_copy(update=more)), "p", "Predicted")
+    said = " ".join(ElementTree.fromstring(shown).itertext())
+    assert "FA3" in said and "seconds of attention, a GPU, never timed" in said
+    assert "CPU_ATTN" not in said
+    of_cpu = " ".join(
+        ElementTree.fromstring(inline(predicted_figure(its), "p", "Predicted")).itertext()
+    )
+    assert "CPU_ATTN" in of_cpu and "seconds of attention, one thread" in of_cpu
+    assert next(iter(predicted.values())).speedup() == "5.0 to 10.0"
+    assert next(iter(its.predicted.values())).speedup() == "5.0"
 
 
 def test_the_page_says_what_was_lost() -> None:

@@ -18,6 +18,8 @@ from typing import Any, Literal
 
 from vllm_sparse_backend.compat import vllm_version
 from vllm_sparse_backend.config import SECTION, refuse_overrides
+from vllm_sparse_backend.demo.machine import gpu
+from vllm_sparse_backend.options import Refused
 from vllm_sparse_backend.profile import ModelFacts
 
 LONG_ROPE = ("longrope", "su")  # its `rope_type`, and what that was called before
@@ -33,7 +35,7 @@ class EngineOptions:
     chunk_tokens: int = 2048
     dtype: str = "bfloat16"
     hf_overrides: dict[str, Any] | None = None
-    kv_gib: int = 4
+    kv_gib: int = 4  # on a CPU; on a GPU the cache has what vLLM finds free
     prefix_caching: bool = False
 
     def identity(self) -> dict[str, Any]:
@@ -51,6 +53,8 @@ class EngineOptions:
             "chunk_tokens": self.chunk_tokens,
             "hf_overrides": self.hf_overrides,
         }
+        if (device := gpu()) is not None:  # its numbers differ in the last bits
+            decides["gpu"] = device
         # By its limit, and not a prompt's length, vLLM chooses LongRoPE's short or long factors.
         if any(f'"{name}"' in config + json.dumps(self.hf_overrides) for name in LONG_ROPE):
             decides["max_model_len"] = self.max_model_len
@@ -94,13 +98,24 @@ def kv_gib(facts: ModelFacts, tokens: int, dtype: str) -> int:
     return math.ceil(1.1 * tokens * of_token / 2**30)
 
 
+def refuse_lone_row(tokens: int, chunk_tokens: int) -> None:
+    """Raise Refused where the last token of a prompt would be a step of its own on a GPU: whatever
+    is as short as decode stays with the base backend there, and nobody would see that row."""
+    if tokens % chunk_tokens == 1 and gpu() is not None:
+        raise Refused(
+            f"a prompt of {tokens} tokens in steps of {chunk_tokens}: want no last step of one "
+            "token, which is not looked at on a GPU; choose another length"
+        )
+
+
 @contextmanager
 def engine(
     options: EngineOptions, backend: Backend, sparse_config: dict[str, Any] | None = None
 ) -> Iterator[Any]:
     """A `vllm.LLM` that computes in this process; leaving the context frees it.
 
-    Call before vLLM has been imported, or with its environment as it is set here. Raises
+    Call before vLLM has been imported, or with its environment as it is set here: what it says of
+    CPUs a GPU's platform does not read, and takes the memory that is free. Raises
     ConfigError for a variable that would override what `sparse_config` has.
     """
     refuse_overrides(sparse_config or {})

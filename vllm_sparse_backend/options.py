@@ -6,6 +6,9 @@ import json
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Annotated, Any, Literal, NamedTuple, NoReturn
 
 import typer
@@ -16,12 +19,13 @@ EXIT_LOSS = 1  # it ran, and sparse lost something
 EXIT_FAILED = 2  # it did not run
 ALL = "all"  # of names, each that there is
 EXIT_INTERRUPTED = 130  # as a shell counts Ctrl-C
-# Extras that bring a module, and what to install for it. What vLLM itself brings is of the first.
+# Modules by the extra that brings them, and those that come with vLLM, of which there are several
+# builds: what is installed of it must not be replaced by another for want of something else.
 EXTRAS = {
-    "cpu": ("vllm", "torch", "transformers", "numpy", "safetensors", "tqdm"),
-    "cpu,demo": ("accelerate", "gguf", "jinja2", "markupsafe", "matplotlib", "openai", "rich"),
-    "cpu,demo,loadtest": ("pandas", "yaml"),
+    "demo": ("accelerate", "gguf", "jinja2", "markupsafe", "matplotlib", "openai", "rich"),
+    "loadtest": ("pandas", "yaml"),
 }
+OF_VLLM = ("vllm", "torch", "transformers", "numpy", "safetensors", "tqdm")
 
 Dtype = Annotated[
     Literal["auto", "bfloat16", "float16", "float32"],
@@ -37,6 +41,16 @@ ChunkTokens = Annotated[
         help="Tokens of a prompt in one step (vLLM's --max-num-batched-tokens). Default: 2048, or "
         "1024 where log probabilities over a vocabulary of more than 100,000 are asked for, which "
         "take much memory.",
+    ),
+]
+Target = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Whose costs decide: a CPU's (avx512_bf16, avx512_vnni, avx512, avx2), which were "
+        "measured, or a GPU's (sm_80, sm_89, sm_90, sm_100), which are PREDICTED from compiled "
+        "kernels and were never timed on hardware. Default: this machine's GPU, or else its CPU.",
+        show_default=False,
     ),
 ]
 HfOverrides = Annotated[
@@ -99,6 +113,22 @@ def json_object(text: str | None, option: str) -> dict[str, Any] | None:
     return value
 
 
+def check_output(path: Path, option: str = "--output") -> None:
+    """Raise Refused for a file that could not be written in the end, before work is done for it."""
+    if path.is_dir():
+        raise Refused(f"{option}: want a file, got {path}, a folder")
+    if path.exists() and not path.is_file():  # a device would be replaced
+        raise Refused(f"{option}: want a regular file, got {path}, which is something else")
+    folder = next(its for its in path.absolute().parents if its.exists())
+    try:
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise Refused(
+            f"{option} {path}: want a folder to write in, got {folder} ({error.strerror})"
+        ) from None
+
+
 @contextmanager
 def file_named(file: str) -> Iterator[None]:
     """A file that cannot be read as what it should be is refused, `file` saying which it is."""
@@ -131,11 +161,24 @@ def errors_named(interrupted: str = "interrupted") -> Iterator[None]:
     except (typer.Exit, typer.Abort, typer.BadParameter):
         raise
     except Exception as error:  # Python's own exit status, 1, would say that something is lost
-        for extras, modules in EXTRAS.items():
-            if isinstance(error, ModuleNotFoundError) and error.name in modules:
-                fail(f"{error}; want it installed: pip install 'vllm-sparse-backend[{extras}]'")
+        if isinstance(error, ModuleNotFoundError) and (advice := _install(error.name)):
+            fail(f"{error}; want it installed: {advice}")
         traceback.print_exc()
         fail("this should not have happened; the traceback above says where")
+
+
+def _install(module: str | None) -> str | None:
+    """How to get a module that is missing; None: of one that nothing needs."""
+    for extra, modules in EXTRAS.items():
+        if module in modules:
+            return f"pip install 'vllm-sparse-backend[{extra}]'"
+    if module not in OF_VLLM:
+        return None
+    if module != "vllm" and find_spec("vllm") is not None:
+        return f"pip install {module}"
+    return (
+        "pip install 'vllm-sparse-backend[cpu]', or 'vllm-sparse-backend[cuda]' for GPUs of NVIDIA"
+    )
 
 
 def fail(message: str) -> NoReturn:

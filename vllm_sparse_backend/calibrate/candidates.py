@@ -37,8 +37,11 @@ WINDOWS = (8192, 4096, 2048, 1024, 512, 256)  # the last is what every other sel
 # With these a threshold moves by whole steps of the ladder from one octave of context to the next,
 # and to an octave's middle, which is half of one from where `tau` stands.
 SLOPES = (0.0, -0.5, -1.0)
-SCORED = Sale(tau=1.0)  # the thresholds' logarithms are then all there is to compare scores with
-TILE = SCORED.tile
+# By row stride, what estimates are made under: the thresholds' logarithms are then all there is to
+# compare scores with. Some heads have rows with needs of their own, such as those that copy: what
+# such a row wants is missed where it lies between two that are scored.
+SCORED: dict[int, Sale] = {n: Sale(tau=1.0, row_stride=n) for n in (Sale().row_stride, 1)}
+TILE = Sale().tile
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,16 @@ class Ladder:
     selector: str
     settings: tuple[Setting, ...]
     slopes: tuple[float, ...] = (0.0,)
+
+    @property
+    def row_stride(self) -> int:
+        """Of the rows that its settings score; 0 where they score none."""
+        return getattr(self.settings[0], "row_stride", 0)
+
+    @property
+    def name(self) -> str:
+        """For people: a selector may have several."""
+        return self.selector + (", every row scored" if self.row_stride == 1 else "")
 
     @property
     def listed(self) -> bool:
@@ -71,10 +84,11 @@ LADDERS = (
     Ladder("sale", tuple(Sale(tau=tau) for tau in THRESHOLDS), SLOPES),
     Ladder("mass", tuple(Mass(tau=tau) for tau in THRESHOLDS), SLOPES),
     Ladder("static", tuple(Static(local=local) for local in WINDOWS)),
+    Ladder("sale", tuple(Sale(tau=tau, row_stride=1) for tau in THRESHOLDS), SLOPES),
+    Ladder("mass", tuple(Mass(tau=tau, row_stride=1) for tau in THRESHOLDS), SLOPES),
 )
 
-
-FUSED = tuple(ladder.selector for ladder in LADDERS)
+FUSED = tuple(dict.fromkeys(ladder.selector for ladder in LADDERS))
 
 
 def list_ladder(name: str) -> tuple[ListSelector, ...]:
@@ -122,9 +136,9 @@ def octave_of(context: int) -> int:
 def levels(ladder: Ladder, block: QBlock, scores: Block) -> torch.Tensor:
     """How many of a fused ladder's settings keep each tile of a q block, int64 [causal tiles].
 
-    ``scores``: the block's estimates under ``SCORED``. Exponentials are exact here and linear
-    between powers of two in the kernels, so that a tile's place on the ladder of ``mass`` may be
-    off by 6%, a third of a step.
+    ``scores``: the block's estimates under ``SCORED``, of the ladder's rows. Exponentials are exact
+    here and linear between powers of two in the kernels, so that a tile's place on the ladder of
+    ``mass`` may be off by 6%, a third of a step.
     """
     if ladder.selector == "static":
         distance = block.start - TILE * torch.arange(1, len(scores.always) + 1)

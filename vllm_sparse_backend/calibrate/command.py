@@ -6,6 +6,7 @@ import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
+from math import inf, isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -17,6 +18,8 @@ from vllm_sparse_backend.options import (
     HfOverrides,
     Names,
     Refused,
+    Target,
+    check_output,
     errors_named,
     json_object,
     parse_lengths,
@@ -37,6 +40,8 @@ BUDGETS = {
     "minference": ("--work", 0.25),
 }
 METHODS = "sale,mass,static"  # of rule sale: sale
+CHUNK_TOKENS = 2048
+LENGTHS = (4096, 8192)
 SHORTEST = 2304  # tokens; up to `min_prompt_tokens`, 2048, nothing is sparse
 
 
@@ -52,13 +57,16 @@ def calibrate(
         "profile.json"
     ),
     lengths: Annotated[
-        str, typer.Option(metavar="N,N,...", help="Tokens of the documents made of the text.")
-    ] = "4096,8192",
+        str | None,
+        typer.Option(
+            metavar="N,N,...",
+            help="Tokens of the documents made of the text. Default: 4096,8192, as far as the "
+            "model goes.",
+        ),
+    ] = None,
     error: Annotated[
         float | None,
         typer.Option(
-            min=0.0,
-            max=1.0,
             help="The error budget of rules head, global and loss: relative L1 of a head's output "
             "against dense attention, in every kind of text at every length. 0: all dense; 1: as "
             "little as there is. Default: 0.02.",
@@ -67,7 +75,6 @@ def calibrate(
     tail_error: Annotated[
         float,
         typer.Option(
-            min=0.0,
             help="The same for the worst 1% of a head's rows, of the same rules; 0: no bound.",
         ),
     ] = 0.0,
@@ -91,13 +98,11 @@ def calibrate(
     ] = None,
     theta: Annotated[
         float | None,
-        typer.Option(min=0.0, help="Of rule sale: absolute error per row. Default: 0.4."),
+        typer.Option(help="Of rule sale: absolute error per row. Default: 0.4."),
     ] = None,
     work: Annotated[
         float | None,
-        typer.Option(
-            min=0.0, max=1.0, help="Of rule minference: time over that of dense. Default: 0.25."
-        ),
+        typer.Option(help="Of rule minference: time over that of dense, 0 to 1. Default: 0.25."),
     ] = None,
     copies: Annotated[
         bool, typer.Option(help="Also read text that is said twice, which copying heads need.")
@@ -121,6 +126,7 @@ def calibrate(
     chunk_tokens: ChunkTokens = None,
     dtype: Dtype = "auto",
     hf_overrides: HfOverrides = None,
+    target: Target = None,
     name: Annotated[
         str | None, typer.Option(help="The profile's name. Default: the model's.")
     ] = None,
@@ -146,6 +152,7 @@ def calibrate(
       vllm-sparse calibrate ./model --text src/ --rule loss --error 0.06
       vllm-sparse calibrate ./model --text src/ --rule sale --theta 0.4
       vllm-sparse calibrate ./model --text src/ --methods all --rule global
+      vllm-sparse calibrate ./model --text src/ --target sm_90
 
     \b
     Then:
@@ -159,17 +166,22 @@ def calibrate(
       2    it did not run, or could not be finished; the message says why
       130  interrupted
     """
+    with errors_named():
+        parts = _check_output(output)
     # vLLM writes its log to stdout, which is the results'.
     with (
         redirect_stdout(sys.stderr),
         errors_named(
-            f"interrupted; what was measured stays in {output.with_suffix('.parts')}, and the same "
-            "command goes on from there"
+            f"interrupted; what was measured stays in {parts}, and the same command goes on from "
+            "there"
         ),
     ):
         from vllm_sparse_backend.config import refuse_overrides
 
         refuse_overrides()
+        from vllm_sparse_backend import target as targets
+
+        targets.check(target)
         from vllm_sparse_backend.calibrate.documents import make_documents
         from vllm_sparse_backend.calibrate.rules import Rule
         from vllm_sparse_backend.calibrate.run import Wanted, look_at
@@ -180,18 +192,19 @@ def calibrate(
         from vllm_sparse_backend.demo.progress import warn_if_busy
         from vllm_sparse_backend.offline import EngineOptions, kv_gib
         from vllm_sparse_backend.tasks.catalog import Task
-        from vllm_sparse_backend.tasks.source import read_sources
+        from vllm_sparse_backend.tasks.source import names_of, read_sources
         from vllm_sparse_backend.tasks.stream import TokenStream
 
         budget = _budget(rule, {"--error": error, "--theta": theta, "--work": work})
+        _check_number("--tail-error", tail_error, inf)
         if tail_error and rule in ("sale", "minference"):
             raise Refused(f"--tail-error: rule {rule} has no use for it")
         asked = _methods(methods, rule)
-        chosen = parse_lengths(lengths)
         overrides = json_object(hf_overrides, "--hf-overrides")
         path = ensure_model(model)
         facts = read_facts(path, packaged=False)
-        check_lengths(chosen, (overrides or {}).get("max_position_embeddings", facts.max_positions))
+        positions = (overrides or {}).get("max_position_embeddings", facts.max_positions)
+        chosen = _lengths(lengths, positions)
         from transformers import AutoTokenizer
 
         sources = read_sources(text)
@@ -202,20 +215,21 @@ def calibrate(
             *([Task.RECORDS] if retrieval else []),
         ]
         prompts = make_documents(streams, kinds, chosen, documents, seed)
-        look = look_at(str(path))
-        usable, ladders = _usable(asked, look)
+        look = look_at(str(path), dtype, overrides)
+        whose = targets.of(target, look.facts, chunk_tokens)
+        usable, ladders = _usable(asked, look, whose.name)
         chosen_dtype = fast_dtype() if dtype == "auto" else dtype
         wanted = Wanted(
             options=EngineOptions(
                 model=str(path),
                 max_model_len=max(chosen),
-                chunk_tokens=chunk_tokens or 2048,
+                chunk_tokens=chunk_tokens or CHUNK_TOKENS,
                 dtype=chosen_dtype,
                 hf_overrides=overrides,
                 kv_gib=kv_gib(look.facts, max(chosen), chosen_dtype),
             ),
             name=name or path.name,
-            texts=tuple(Path(read).name for source in sources for read in source.read),
+            texts=names_of(sources),
             lengths=tuple(chosen),
             rule=Rule(rule),
             budget=budget,
@@ -223,6 +237,7 @@ def calibrate(
             blocks=blocks,
             seed=seed,
             output=output,
+            target=whose,
             as_served=as_served,
             methods=usable,
             ladders=ladders,
@@ -240,13 +255,22 @@ def calibrate(
 
 
 def _budget(rule: str, given: dict[str, float | None]) -> float:
-    """What bounds a rule. Raises Refused if another rule's bound was given."""
+    """What bounds a rule. Raises Refused if another rule's bound was given, or no number."""
     option, default = BUDGETS[rule]
     for name, value in given.items():
         if value is not None and name != option:
             raise Refused(f"{name}: rule {rule} has no use for it; want {option}")
+        if value is not None:
+            _check_number(name, value, inf if name == "--theta" else 1)
     budget = given[option]
     return default if budget is None else budget
+
+
+def _check_number(option: str, value: float, most: float) -> None:
+    """Raise Refused for one out of range, and for NaN, which is in no range and beyond none."""
+    if not (isfinite(value) and 0 <= value <= most):
+        upto = "on" if most == inf else f"to {most:g}"
+        raise Refused(f"{option}: want a number from 0 {upto}, got {value:g}")
 
 
 def _methods(text: str | None, rule: str) -> Names:
@@ -262,10 +286,10 @@ def _methods(text: str | None, rule: str) -> Names:
     return methods
 
 
-def _usable(methods: Names, look: Model) -> tuple[tuple[str, ...], tuple[Ladder, ...]]:
+def _usable(methods: Names, look: Model, target: str) -> tuple[tuple[str, ...], tuple[Ladder, ...]]:
     """The selectors that heads may get, and the ladders to measure. Of "all" those are left out
-    that have no settings or miss a file, with a line that says so. Raises Refused for one that was
-    named, and SelectorError."""
+    that have no settings, miss a file, or take a time that is not known on the target, with a line
+    that says so. Raises Refused for one that was named, and SelectorError."""
     from vllm_sparse_backend.calibrate.candidates import (
         FUSED,
         ladders_of,
@@ -273,13 +297,15 @@ def _usable(methods: Names, look: Model) -> tuple[tuple[str, ...], tuple[Ladder,
         why_unusable,
     )
     from vllm_sparse_backend.demo.progress import note
+    from vllm_sparse_backend.target import why_untimed
 
+    untimed = why_untimed(target)
     usable = []
     for name in methods.taken:
         try:
             why = None
             if name not in FUSED:
-                why = why_unusable(list_ladder(name), look.facts, look.sparse_layers)
+                why = untimed or why_unusable(list_ladder(name), look.facts, look.sparse_layers)
         except Refused as error:
             why = str(error)
         if why is None:
@@ -289,6 +315,41 @@ def _usable(methods: Names, look: Model) -> tuple[tuple[str, ...], tuple[Ladder,
         else:
             note(f"left out: {name}: {why}")
     return tuple(usable), ladders_of(usable)
+
+
+def _check_output(output: Path) -> Path:
+    """The folder of what will be measured. Raises Refused unless all can be written."""
+    from vllm_sparse_backend.calibrate.results import PARTS, measurement_of, parts_of
+
+    check_output(output)
+    if output.suffix == PARTS:
+        raise Refused(
+            f"--output {output}: want another ending than {PARTS}, the folder's of what is measured"
+        )
+    check_output(measurement_of(output))
+    parts = parts_of(output)
+    if parts.exists():
+        check_output(parts / "document")
+    return parts
+
+
+def _lengths(text: str | None, positions: int) -> list[int]:
+    """Those that were named, or the default as far as the model goes. Raises Refused."""
+    from vllm_sparse_backend.demo.progress import note
+
+    if text is not None:
+        lengths = parse_lengths(text)
+        check_lengths(lengths, positions)
+        return lengths
+    if positions < SHORTEST:
+        raise Refused(
+            f"the model has {positions} positions; want at least {SHORTEST}, below which hardly "
+            "anything is sparse"
+        )
+    lengths = sorted({min(length, positions) for length in LENGTHS})
+    if lengths != list(LENGTHS):
+        note(f"--lengths: {','.join(map(str, lengths))}, since the model has {positions} positions")
+    return lengths
 
 
 def check_lengths(lengths: list[int], positions: int) -> None:
@@ -312,6 +373,8 @@ def _show(measurement: Measurement) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from vllm_sparse_backend.target import is_gpu
+
     table = Table(
         "tokens", "density", "error", "worst 1%", "recall", "attention, predicted",
         title=f"{measurement.name}, rule {measurement.rule}, budget {measurement.budget:g}",
@@ -328,9 +391,11 @@ def _show(measurement: Measurement) -> None:
             f"{mean('error'):.4f}",
             f"{mean('tail'):.3f}",
             f"{mean('recall'):.4f}",
-            f"{seconds.base / seconds.sparse:.1f} x CPU_ATTN",
+            f"{seconds.speedup()} x {measurement.base}",
         )
     Console(highlight=False).print(table)
+    if is_gpu(measurement.isa):
+        typer.echo(f"attention: of {measurement.whose}")
     counted = Counter(head.policy.selector for head in measurement.heads)
     typer.echo("heads: " + ", ".join(f"{count} {name}" for name, count in counted.most_common()))
 
@@ -360,7 +425,9 @@ def _bar(documents: int) -> Iterator[Progress]:
 
             def advance(self) -> None:
                 bar.advance(one)
-                if bar.tasks[one].finished:
-                    bar.advance(whole)
+
+            def finished(self) -> None:
+                bar.update(one, completed=bar.tasks[one].total)
+                bar.advance(whole)
 
         yield Shown()

@@ -13,7 +13,7 @@ import itertools
 import math
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -31,8 +31,8 @@ from vllm_sparse_backend.calibrate.candidates import (
 )
 from vllm_sparse_backend.ops.listed import kept_by_head
 from vllm_sparse_backend.ops.policies import Place
-from vllm_sparse_backend.ops.tiles import QBlock, causal_tiles, q_blocks
-from vllm_sparse_backend.selection.estimate import estimates
+from vllm_sparse_backend.ops.tiles import Q_BLOCK, QBlock, causal_tiles, q_blocks
+from vllm_sparse_backend.selection.estimate import Block, estimates, scored_rows
 
 WORST = 0.01  # share of the rows whose error is the tail error
 BY_LADDER = ("error", "square", "worst", "worst_size", "mass", "kept")
@@ -57,16 +57,23 @@ class Outcome:
         )
 
 
-def sampled(query_len: int, seq_len: int, count: int, rng: random.Random) -> list[QBlock]:
-    """At most ``count`` whole q blocks of a step, one from each of as many equal parts of it.
+def sampled(length: int, count: int, seed: str) -> list[int]:
+    """Where at most ``count`` q blocks of the first ``length`` tokens of a prompt start, ascending:
+    any one from each of as many equal parts, whatever the steps that it is read in.
 
     The last part gives the last block there is, whole or not: questions stand at the end.
     """
-    blocks = q_blocks(query_len, seq_len)
-    count = min(count, len(blocks))
-    edges = [round(i * len(blocks) / count) for i in range(count + 1)]
-    chosen = [rng.choice(blocks[a:b]) for a, b in itertools.pairwise(edges)]
-    return [*chosen[:-1], blocks[-1]]
+    starts = range(0, length, Q_BLOCK)
+    count = min(count, len(starts))
+    edges = [i * len(starts) // count for i in range(count + 1)]
+    rng = random.Random(seed)
+    chosen = [rng.choice(starts[a:b]) for a, b in itertools.pairwise(edges)]
+    return [*chosen[:-1], starts[-1]]
+
+
+def of_step(starts: Collection[int], query_len: int, seq_len: int) -> list[QBlock]:
+    """Those of the q blocks that start there which a step has rows of; they may be none."""
+    return [block for block in q_blocks(query_len, seq_len) if block.start in starts]
 
 
 Masks = list[torch.Tensor]  # of one head and q block: by listed ladder, bool [G, causal tiles]
@@ -90,19 +97,31 @@ def outcomes(
     offset = len(k) - len(q)
     tiled = _by_tiles(v)
     listed = masks or [[] for _ in blocks]
-    scored = estimates(SCORED, q, k, scale, blocks, prompt_len)
-    for block, scores, chosen in zip(blocks, scored, listed, strict=True):
+    scored = estimates(SCORED[1], q, k, scale, blocks, prompt_len)
+    for block, every, chosen in zip(blocks, scored, listed, strict=True):
         rows = q[block.first - offset : block.end - offset]
         s = scale * (rows @ k[: block.end].T)  # [R, end]
         position = torch.arange(block.first, block.end)
         s.masked_fill_(torch.arange(block.end) > position[:, None], -torch.inf)
         p = s.softmax(1)
-        kept_by = [levels(ladder, block, scores) for ladder in LADDERS]  # [tiles] each
+        scores = _by_stride(every, block, prompt_len or len(k))
+        kept_by = [levels(its, block, scores[its.row_stride]) for its in LADDERS]  # [tiles] each
         added, sums = _added(p, tiled, kept_by, chosen)
         exact = added[0].sum(0)[:-1]  # [D, R]
         found = [_nested(its, keys, exact) for its, keys in zip(added, kept_by, strict=True)]
         found += [_outcome(its, m.sum(1), exact) for its, m in zip(sums, chosen, strict=True)]
         yield block, exact.abs().sum(0), found
+
+
+def _by_stride(every: Block, block: QBlock, prompt_len: int) -> dict[int, Block]:
+    """The estimates of the rows that are scored at each stride, from those of every row."""
+    rows = {
+        stride: scored_rows(policy, block.first, block.end, prompt_len) - block.first
+        for stride, policy in SCORED.items()
+    }
+    return {stride: every._replace(excess=every.excess[its]) for stride, its in rows.items()} | {
+        0: every
+    }
 
 
 def _by_tiles(v: torch.Tensor) -> torch.Tensor:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import random
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 
 from vllm_sparse_backend.backend.observe import Call
 from vllm_sparse_backend.calibrate.candidates import LADDERS, Ladder
-from vllm_sparse_backend.calibrate.measure import BY_LADDER, LayerRecord, Sums, sampled
+from vllm_sparse_backend.calibrate.measure import BY_LADDER, LayerRecord, Sums, of_step
 from vllm_sparse_backend.calibrate.table import Group, Part
 from vllm_sparse_backend.config import SparseConfig
 from vllm_sparse_backend.ops import paged_sparse_attention
@@ -21,39 +20,36 @@ from vllm_sparse_backend.selection import DENSE
 class Recorder:
     """Of one document; called before each layer's attention of each step (`observe.observing`).
 
-    ``blocks``: q blocks measured of a whole document of ``length`` tokens, evenly over its steps;
-    which ones, ``seed`` says. ``advance`` is called after each layer of each step. With ``ladders``
-    of list selectors, whose time no cost model knows, the core is timed with every tile kept on the
-    same step. ``prompt``: tokens of the document itself.
+    ``starts``: of the q blocks to measure (`measure.sampled`); steps that have none of them take no
+    longer. ``advance`` is called after each layer of each step. With ``ladders`` of list selectors,
+    whose time no cost model knows, the core is timed with every tile kept on the same step.
+    ``prompt``: tokens of the document.
     """
 
     def __init__(
         self,
         group: Group,
         config: SparseConfig,
-        blocks: int,
-        seed: str,
+        starts: Collection[int],
+        prompt: int,
         advance: Callable[[], None],
         ladders: Sequence[Ladder] = LADDERS,
-        prompt: int | None = None,
     ) -> None:
         self._ladders, self._prompt = ladders, prompt
         self._listed = any(ladder.listed for ladder in ladders)
         self._keep_all: dict[int, float] = defaultdict(float)  # seconds, by layer
         self._steps: dict[int, int] = defaultdict(int)  # measured, by layer
-        self._group, self._config, self._blocks = group, config, blocks
-        self._seed, self._advance = seed, advance
+        self._group, self._config, self._starts = group, config, frozenset(starts)
+        self._advance = advance
         self._layers: dict[int, LayerRecord] = {}
 
     def __call__(self, call: Call) -> None:
         q, context = call.rows(), int(call.seq_lens[0])
-        if self._is_sparse(len(q), context):
-            rng = random.Random(f"{self._seed} {context}")  # the same blocks in every layer
-            count = max(1, round(self._blocks * len(q) / self._group.length))
+        blocks = of_step(self._starts, len(q), context)
+        if blocks and self._is_sparse(len(q), context):
             if call.layer not in self._layers:
                 self._layers[call.layer] = LayerRecord(q.shape[1], self._ladders, call.layer)
             k, v = call.keys_values()
-            blocks = sampled(len(q), context, count, rng)
             self._layers[call.layer].add(q, k, v, call.scale, blocks, self._prompt)
             self._steps[call.layer] += 1
             if self._listed:

@@ -58,17 +58,24 @@ class Point(_Record):
 class Curve(_Record):
     """What one selector does at one length, threshold by threshold, ascending."""
 
-    selector: str
+    selector: str  # and which rows it scores, where not as by default
     length: int
     points: list[Point]
 
 
 class Predicted(_Record):
-    """Seconds of one thread for the attention of a whole prompt, by the cost model."""
+    """Seconds for the attention of a whole prompt, by the cost model: of one thread, or of a GPU,
+    where they are the worse end of a range."""
 
-    base: float  # CPU_ATTN
+    base: float  # dense attention
     keep_all: float
     sparse: float
+    sparse_best: float | None = None  # the better end
+
+    def speedup(self) -> str:
+        """Of dense attention's time."""
+        worse, better = (self.base / its for its in (self.sparse, self.sparse_best or self.sparse))
+        return f"{worse:.1f}" if self.sparse_best is None else f"{worse:.1f} to {better:.1f}"
 
 
 class Measurement(_Record):
@@ -85,7 +92,9 @@ class Measurement(_Record):
     rule: str
     budget: float
     seed: int
-    isa: str
+    isa: str  # whose costs decided: an instruction set, or a GPU's architecture
+    base: str = "CPU_ATTN"  # dense attention there
+    whose: str = ""  # the predicted seconds are, and how they are known
     dtype: str
     sparse_layers: list[int]  # the layers that can be sparse
     heads: list[HeadResult]  # of those layers, all of them

@@ -17,6 +17,7 @@ Choice = npt.NDArray[np.intp]  # [L, H], into the table's candidates
 
 SALE_LEAST = 1e-4  # at which threshold SALE gives up and computes the head densely
 BISECTIONS = 60
+LEAST = 1e-12  # of an error, as a divisor
 # What a nat a token weighs against relative L1, in rule loss. Any weight from 1 to 5 takes two
 # thirds of the predicted divergence away, at the same density, for a tenth more relative L1.
 NAT = 2.0
@@ -92,7 +93,8 @@ def _cheapest(cost: Floats, allowed: npt.NDArray[np.bool_]) -> Choice:
 def _spent_best(
     cost: Floats, error: Floats, allowed: npt.NDArray[np.bool_], budget: float
 ) -> Choice:
-    """The minimum of cost + price * error, at the lowest price that keeps the mean within."""
+    """The minimum of cost + price * error, at the lowest price that keeps the mean within; what a
+    price leaves of the budget, since heads have but so many choices, goes where it saves most."""
     if budget < 0 or np.isinf(budget):
         return _cheapest(cost, allowed & (error <= budget))
 
@@ -104,7 +106,15 @@ def _spent_best(
         middle = (low + high) / 2
         mean = np.take_along_axis(error, at(middle)[None], 0).mean()
         low, high = (low, middle) if mean <= budget else (middle, high)
-    return at(high)
+    choice = at(high)
+    while True:
+        spent, taken = (np.take_along_axis(x, choice[None], 0) for x in (error, cost))
+        more, left = error - spent, budget * spent.size - spent.sum()
+        saves = np.where(allowed & (more <= left), (taken - cost) / np.maximum(more, LEAST), 0.0)
+        if saves.max() <= 0:
+            return choice
+        best, *head = np.unravel_index(saves.argmax(), saves.shape)
+        choice[tuple(head)] = best
 
 
 def _halved(table: Table, theta: float) -> Choice:

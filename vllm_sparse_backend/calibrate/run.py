@@ -7,7 +7,7 @@ what a server's would, the errors of all layers before it included.
 
 from __future__ import annotations
 
-import os
+import json
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ from torch import get_num_threads
 from vllm_sparse_backend import __version__
 from vllm_sparse_backend.calibrate.candidates import FUSED, LADDERS, Ladder
 from vllm_sparse_backend.calibrate.documents import Document
-from vllm_sparse_backend.calibrate.measure import BY_LADDER
+from vllm_sparse_backend.calibrate.measure import BY_LADDER, sampled
 from vllm_sparse_backend.calibrate.parts import SENSITIVITY, PartsFolder
 from vllm_sparse_backend.calibrate.record import Recorder
 from vllm_sparse_backend.calibrate.results import Measurement, measurement_of, parts_of
@@ -30,10 +30,12 @@ from vllm_sparse_backend.calibrate.summary import choosing, profile_of, summary_
 from vllm_sparse_backend.calibrate.table import Floats, Part, Table, relative_cost, tabulate
 from vllm_sparse_backend.config import SparseConfig
 from vllm_sparse_backend.errors import SparsePrefillError
+from vllm_sparse_backend.files import write_whole
 from vllm_sparse_backend.offline import EngineOptions, engine
 from vllm_sparse_backend.ops.cpu import core
 from vllm_sparse_backend.profile import ModelFacts, Profile
 from vllm_sparse_backend.selection import DENSE
+from vllm_sparse_backend.target import Target
 from vllm_sparse_backend.tasks.catalog import Task
 
 DENSE_CONFIG: dict[str, Any] = {"policy": DENSE.model_dump()}
@@ -53,6 +55,7 @@ class Wanted:
     blocks: int  # q blocks measured of a document, in every layer and head
     seed: int
     output: Path
+    target: Target  # whose costs decide
     as_served: bool = False
     methods: tuple[str, ...] = FUSED  # selectors that heads may get
     ladders: tuple[Ladder, ...] = LADDERS  # `ladders_of` these
@@ -73,11 +76,14 @@ class Progress:
         """One begins, of so many layers times chunks, or was finished by an earlier run."""
 
     def advance(self) -> None:
-        """A layer of a chunk is done."""
+        """A layer of a chunk is done. Chunks that are too short to be sparse are not seen."""
+
+    def finished(self) -> None:
+        """The document that began is done."""
 
 
-def look_at(model: str) -> Model:
-    """The model's facts and which layers can be sparse.
+def look_at(model: str, dtype: str = "auto", hf_overrides: dict[str, Any] | None = None) -> Model:
+    """The model's facts and which layers can be sparse, as it is to be read.
 
     Raises SparsePrefillError if vLLM cannot serve it, or if no layer can be sparse.
     """
@@ -85,7 +91,10 @@ def look_at(model: str) -> Model:
     from vllm_sparse_backend.doctor import configuration, quiet
 
     with quiet():
-        vllm_config = configuration(model)
+        options = ["--enforce-eager", "--dtype", dtype]
+        if hf_overrides:
+            options += ["--hf-overrides", json.dumps(hf_overrides)]
+        vllm_config = configuration(model, options=options)
         facts = start.facts_of(vllm_config.model_config)
         reasons = expect.reasons(vllm_config, start.capabilities())
     sparse = tuple(layer for layer, reason in enumerate(reasons) if reason is None)
@@ -110,18 +119,17 @@ def calibrate(
     sensitivity = None
     if wanted.rule is Rule.LOSS:
         sensitivity = _sensitivity(wanted, model, documents, progress, folder)
-    isa = core.active_isa()
 
     def chosen_behind(
         served: dict[str, Any], followed: str
     ) -> tuple[Profile, Table, Choice, dict[str, float]]:
         parts = _parts(wanted, model, documents, progress, folder, served, followed)
         table = tabulate(parts, wanted.ladders)
-        cost = relative_cost(table, isa, model.facts.head_dim, wanted.methods)
+        cost = relative_cost(table, wanted.target, model.facts.head_dim, wanted.methods)
         choice = choose(table, cost, wanted.rule, wanted.budget, wanted.tail, sensitivity)
         took = choosing(parts, table, choice)
-        profile = profile_of(wanted, model, table, choice, isa, took)
-        _write(profile, wanted.output)
+        profile = profile_of(wanted, model, table, choice, took)
+        _write(wanted.output, profile)
         return profile, table, choice, took
 
     profile, table, choice, took = chosen_behind(DENSE_CONFIG, "dense")
@@ -129,11 +137,9 @@ def calibrate(
         itself = {"profile": str(wanted.output.resolve())}
         profile, table, choice, took = chosen_behind(itself, profile.digest)
     seconds = time.perf_counter() - started
-    measurement = summary_of(wanted, model, profile, table, choice, isa, seconds, took, sensitivity)
-    path = measurement_of(wanted.output)
-    scratch = path.with_suffix(".new")
-    scratch.write_text(measurement.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    os.replace(scratch, path)
+    measurement = summary_of(wanted, model, profile, table, choice, seconds, took, sensitivity)
+    text = measurement.model_dump_json(indent=1) + "\n"
+    write_whole(measurement_of(wanted.output), text, _stays(wanted.output))
     return profile, measurement
 
 
@@ -158,6 +164,7 @@ def _sensitivity(
         )
         folder.save_sensitivity(key, found)
         progress.advance()
+        progress.finished()
     return found
 
 
@@ -192,6 +199,7 @@ def _parts(
                 progress.document(document.name, steps(document), reused=False)
                 part = _read(llm, wanted, model, document, progress.advance)
                 folder.save(prefix + document.name, keys[document.name], part)
+                progress.finished()
                 parts[document.name] = part
     return [part for part in parts.values() if part is not None]
 
@@ -207,15 +215,13 @@ def _read(
 
     from vllm_sparse_backend.backend.observe import observing
 
-    seed = f"{wanted.seed} {document.name}"
     recorder = Recorder(
         document.group,
         SparseConfig(),
-        wanted.blocks,
-        seed,
+        _starts(wanted, document),
+        len(document.token_ids),
         advance,
         wanted.ladders,
-        len(document.token_ids),
     )
     prompt: Any = {"prompt_token_ids": list(document.token_ids)}
     with observing(recorder):
@@ -228,6 +234,15 @@ def _read(
     return recorder.part()
 
 
+def _starts(wanted: Wanted, document: Document) -> list[int]:
+    """Where the q blocks start that are measured of a document. A last step that is too short to
+    be sparse has none: the last block before it is the last."""
+    length = len(document.token_ids)
+    rest = length % wanted.options.chunk_tokens
+    short = rest if rest < min(length, SparseConfig().min_query_tokens) else 0
+    return sampled(length - short, wanted.blocks, f"{wanted.seed} {document.name}")
+
+
 def _key(wanted: Wanted, model: Model, document: Document, followed: str) -> str:
     """Of all that a document's measurement depends on."""
     decides: dict[str, Any] = {
@@ -238,7 +253,7 @@ def _key(wanted: Wanted, model: Model, document: Document, followed: str) -> str
         "ladders": [
             [its.model_dump(mode="json") for its in ladder.settings] for ladder in wanted.ladders
         ],
-        "measured": [wanted.blocks, wanted.seed],
+        "measured": _starts(wanted, document),
         "tokens": document.token_ids,
     }
     listed = [policy for ladder in wanted.ladders if ladder.listed for policy in ladder.settings]
@@ -248,12 +263,18 @@ def _key(wanted: Wanted, model: Model, document: Document, followed: str) -> str
     return digest(decides)
 
 
-def _write(profile: Profile, path: Path) -> None:
+def _write(path: Path, profile: Profile) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         profile.save(path)
     except OSError as error:
         raise SparsePrefillError(
-            f"{path}: cannot be written ({error.strerror}); the finished documents stay in "
-            f"{parts_of(path)}, and the same command goes on from there"
+            f"{path}: cannot be written ({error.strerror}){_stays(path)}"
         ) from error
+
+
+def _stays(output: Path) -> str:
+    return (
+        f"; the finished documents stay in {parts_of(output)}, and the same command goes on from "
+        "there"
+    )

@@ -17,9 +17,9 @@ from vllm_sparse_backend.calibrate.results import (
 )
 from vllm_sparse_backend.calibrate.rules import Choice, Rule, divergence
 from vllm_sparse_backend.calibrate.table import Floats, Part, Table
-from vllm_sparse_backend.ops.cpu import cost
 from vllm_sparse_backend.profile import Calibration, Profile
 from vllm_sparse_backend.selection import DENSE, AnyPolicy, ListSelector, label
+from vllm_sparse_backend.target import Target, is_gpu
 
 if TYPE_CHECKING:
     from vllm_sparse_backend.calibrate.run import Model, Wanted
@@ -32,7 +32,6 @@ def profile_of(
     model: Model,
     table: Table,
     choice: Choice,
-    isa: str,
     choosing: dict[str, float],
 ) -> Profile:
     """Every calibrated head's policy; what was not calibrated is dense."""
@@ -43,7 +42,7 @@ def profile_of(
     figures: dict[str, float] = {}
     for length in table.lengths:
         mean = _figures(table, length, choice)
-        seconds = predicted(model, table, length, choice, isa)
+        seconds = predicted(model, table, length, choice, wanted.target)
         figures |= {f"{name}_{length}": value for name, value in mean.model_dump().items()}
         figures[f"attention_speedup_{length}"] = round(seconds.base / seconds.sparse, 2)
     measured = "".join(f"; {name}: {seconds:.3g} s" for name, seconds in choosing.items())
@@ -57,7 +56,7 @@ def profile_of(
         figures=figures,
         note=f"rule {wanted.rule}, budget {wanted.budget:g}; density: mean over heads and kinds of "
         "text; error, tail and recall: mean over heads, each in its worst kind; "
-        f"attention_speedup: predicted, against CPU_ATTN with {isa}"
+        f"attention_speedup: {_against(wanted.target)}"
         + (f"; choosing tiles, measured, of a step and layer{measured}" if choosing else ""),
     )
     return Profile.build(
@@ -71,7 +70,6 @@ def summary_of(
     profile: Profile,
     table: Table,
     choice: Choice,
-    isa: str,
     seconds: float,
     choosing: dict[str, float],
     sensitivity: Floats | None = None,
@@ -100,13 +98,16 @@ def summary_of(
         rule=str(wanted.rule),
         budget=wanted.budget,
         seed=wanted.seed,
-        isa=isa,
+        isa=wanted.target.name,
+        base=wanted.target.base,
+        whose=wanted.target.whose,
         dtype=wanted.options.dtype,
         sparse_layers=list(model.sparse_layers),
         heads=heads,
         curves=list(_curves(table)),
         predicted={
-            length: predicted(model, table, length, choice, isa) for length in table.lengths
+            length: predicted(model, table, length, choice, wanted.target)
+            for length in table.lengths
         },
         divergence={} if sensitivity is None else _divergence(table, choice, sensitivity),
         methods=list(wanted.methods),
@@ -136,22 +137,36 @@ def choosing(parts: Sequence[Part], table: Table, choice: Choice) -> dict[str, f
     return found
 
 
-def predicted(model: Model, table: Table, length: int, choice: Choice, isa: str) -> Predicted:
+def _against(target: Target) -> str:
+    if is_gpu(target.name):
+        return f"the worse end of what is predicted, against {target.base}, for {target.whose}"
+    return f"predicted, against {target.base} with {target.name}"
+
+
+def predicted(model: Model, table: Table, length: int, choice: Choice, target: Target) -> Predicted:
     """Of the calibrated layers, for a whole prompt."""
     dim = model.facts.head_dim
     groups = table.of_length(length)
     density = _chosen(table.density[:, groups].mean(1), choice)
     measured = _chosen(table.selection[:, groups].mean(1), choice).sum()
     policies = [table.candidates[i].policy for i in choice.flat]
-    sparse = sum(
-        cost.sparse_seconds(isa, policy, length, length, 1, dim, float(its))
-        for policy, its in zip(policies, density.flat, strict=True)
-    )
-    sparse += measured * cost.sparse_seconds(isa, DENSE, length, length, 1, dim, 1.0)
+
+    def sparse(end: Target) -> float:
+        chosen = sum(
+            end.sparse_seconds(policy, length, length, 1, dim, float(its))
+            for policy, its in zip(policies, density.flat, strict=True)
+        )
+        return chosen + measured * end.sparse_seconds(DENSE, length, length, 1, dim, 1.0)
+
+    def rounded(seconds: float) -> float:  # a GPU's are small
+        return float(f"{seconds:.{DIGITS}g}") if is_gpu(target.name) else _rounded(seconds)
+
+    *better, worse = target.ends
     return Predicted(
-        base=_rounded(cost.base_seconds(isa, length, length, len(policies), dim)),
-        keep_all=_rounded(cost.attend_seconds(isa, length, length, len(policies), dim)),
-        sparse=_rounded(sparse),
+        base=rounded(target.base_seconds(length, length, len(policies), dim)),
+        keep_all=rounded(worse.attend_seconds(length, length, len(policies), dim)),
+        sparse=rounded(sparse(worse)),
+        sparse_best=rounded(sparse(better[0])) if better else None,
     )
 
 
@@ -187,7 +202,7 @@ def _curves(table: Table) -> Iterable[Curve]:
                 if hasattr(table.candidates[i].policy, "tau")
             ]
             if points:
-                yield Curve(selector=ladder.selector, length=length, points=points)
+                yield Curve(selector=ladder.name, length=length, points=points)
 
 
 def _uniform(table: Table, length: int, candidate: int) -> Figures:

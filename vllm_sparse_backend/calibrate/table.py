@@ -11,8 +11,8 @@ import numpy.typing as npt
 
 from vllm_sparse_backend.calibrate.candidates import LADDERS, Ladder
 from vllm_sparse_backend.calibrate.measure import BY_LADDER
-from vllm_sparse_backend.ops.cpu import cost
 from vllm_sparse_backend.selection import DENSE, AnyPolicy
+from vllm_sparse_backend.target import Target
 
 Floats = npt.NDArray[np.float64]
 # The figures of a table, and what they are where everything is computed.
@@ -164,24 +164,19 @@ def _moved(sums: Floats, octaves: Sequence[int], ladder: Ladder, slope: float) -
 
 
 def relative_cost(
-    table: Table, isa: str, head_dim: int, methods: Sequence[str] | None = None
+    table: Table, target: Target, head_dim: int, methods: Sequence[str] | None = None
 ) -> Floats:
     """Seconds of each candidate's head over those of keeping all, mean over the lengths; [C, L, H].
-    Predicted by `ops.cpu.cost` from the mean density of a length's groups, but for what list
-    selectors take, which was measured. Infinite for the selectors that are not among ``methods``,
-    where given.
+    Predicted by the ``target``'s costs from the mean density of a length's groups, but for what
+    list selectors take, which was measured; of a GPU's, the mean of both ends. Infinite for the
+    selectors that are not among ``methods``, where given.
     """
     total = np.zeros((table.density.shape[0], *table.density.shape[2:]))
     for length in table.lengths:
         groups = table.of_length(length)
-        keep_all = cost.sparse_seconds(isa, DENSE, length, length, 1, head_dim, 1.0)
-        selection = [
-            cost.selection_seconds(isa, ladder.settings[-1], length, length, 1, head_dim)
-            for ladder in table.ladders
-        ] + [0.0]  # of dense, whose ladder is -1
-        extra = np.array([selection[its.ladder] for its in table.candidates])
         measured = table.density[:, groups].mean(1) + table.selection[:, groups].mean(1)
-        total += measured + (extra / keep_all)[:, None, None]
+        extra = np.mean([_predicted(table, end, length, head_dim) for end in target.ends], 0)
+        total += measured + extra[:, None, None]
     if methods is not None:
         left_out = [
             its.ladder >= 0 and table.ladders[its.ladder].selector not in methods
@@ -189,3 +184,13 @@ def relative_cost(
         ]
         total[left_out] = np.inf
     return total / len(table.lengths)
+
+
+def _predicted(table: Table, target: Target, length: int, head_dim: int) -> Floats:
+    """What choosing tiles takes, over keeping all, by candidate [C]; of list selectors 0."""
+    keep_all = target.sparse_seconds(DENSE, length, length, 1, head_dim, 1.0)
+    selection = [
+        target.selection_seconds(ladder.settings[-1], length, length, 1, head_dim)
+        for ladder in table.ladders
+    ] + [0.0]  # of dense, whose ladder is -1
+    return np.array([selection[its.ladder] for its in table.candidates]) / keep_all

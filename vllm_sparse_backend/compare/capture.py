@@ -9,7 +9,7 @@ from vllm_sparse_backend.backend.observe import Call, observing
 from vllm_sparse_backend.compare.layer import Layer
 from vllm_sparse_backend.compare.store import Store
 from vllm_sparse_backend.errors import SparsePrefillError
-from vllm_sparse_backend.offline import EngineOptions, engine
+from vllm_sparse_backend.offline import EngineOptions, engine, refuse_lone_row
 from vllm_sparse_backend.report.capture import DENSE as DENSE_CONFIG
 
 
@@ -58,6 +58,8 @@ def capture(
     """
     from vllm import SamplingParams
 
+    for ids, _ in prompts:
+        refuse_lone_row(len(ids), options.chunk_tokens)
     with engine(options, "sparse_prefill", DENSE_CONFIG) as llm:
         for ids, names in prompts:
             writer = _Writer(store, names, len(ids), advance)

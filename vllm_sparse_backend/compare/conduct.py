@@ -18,7 +18,7 @@ from vllm_sparse_backend.compare.measure import How
 from vllm_sparse_backend.compare.results import Comparison
 from vllm_sparse_backend.compare.run import Advance, Wanted, compare, rehearse_all
 from vllm_sparse_backend.compare.store import Store
-from vllm_sparse_backend.demo.machine import fast_dtype, this_machine
+from vllm_sparse_backend.demo.machine import fast_dtype, gpu, this_machine
 from vllm_sparse_backend.demo.model import ensure_model
 from vllm_sparse_backend.demo.plan import read_facts
 from vllm_sparse_backend.demo.progress import note, warn_if_busy
@@ -28,7 +28,7 @@ from vllm_sparse_backend.options import Refused
 from vllm_sparse_backend.profile import ModelFacts, Profile, load_profile
 from vllm_sparse_backend.selection import UNIFORM_DEFAULT, AnyPolicy, label
 from vllm_sparse_backend.tasks.catalog import Task
-from vllm_sparse_backend.tasks.source import read_sources
+from vllm_sparse_backend.tasks.source import names_of, read_sources
 from vllm_sparse_backend.tasks.stream import TokenStream
 
 EVERY, FROM = 6, 2  # of the layers that can be sparse, unless layers are named
@@ -92,7 +92,7 @@ def conduct(asked: Asked, repeat: str) -> Comparison:
     )
     if asked.end_to_end:  # what will not do is to be known before hours of measuring
         end_to_end.plan_of(afterwards, {})
-    look = look_at(str(model))
+    look = look_at(str(model), dtype, asked.hf_overrides)
     for profile, _ in profiles:
         profile.match(look.facts)
     layers = layers_of(asked.layers, look.sparse_layers)
@@ -106,6 +106,8 @@ def conduct(asked: Asked, repeat: str) -> Comparison:
         how=How(asked.repeats, asked.blocks, asked.seed),
         threads=asked.threads,
     )
+    if (device := gpu()) is not None:
+        note(f"read on {device}; methods are timed on this machine's CPU, by the compiled core")
     for name, why in chosen.left_out.items():
         note(f"left out: {name}: {why}")
     warn_if_busy()
@@ -137,7 +139,7 @@ def conduct(asked: Asked, repeat: str) -> Comparison:
         machine=this_machine(),
         chunk_tokens=wanted.options.chunk_tokens,
         hf_overrides=asked.hf_overrides,
-        texts=[Path(read).name for source in sources for read in source.read],
+        texts=list(names_of(sources)),
         seed=asked.seed,
         repeats=asked.repeats,
         blocks=asked.blocks,

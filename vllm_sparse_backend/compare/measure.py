@@ -7,16 +7,14 @@ dense among them, over and over, so that a noisy machine is noisy for all of the
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from vllm_sparse_backend.calibrate.measure import sampled
+from vllm_sparse_backend.calibrate.measure import of_step, sampled
 from vllm_sparse_backend.compare.layer import Layer
 from vllm_sparse_backend.compare.methods import Setting
 from vllm_sparse_backend.compare.ours import Ours
@@ -26,6 +24,7 @@ from vllm_sparse_backend.config import SparseConfig
 from vllm_sparse_backend.ops import PolicyTable, layout
 from vllm_sparse_backend.ops.cpu import core, cost
 from vllm_sparse_backend.ops.policies import Place, tile_size
+from vllm_sparse_backend.ops.tiles import QBlock
 from vllm_sparse_backend.selection import DENSE
 
 CPU_ATTN, KEEP_ALL = "CPU_ATTN", "this package's core, every tile kept"
@@ -56,6 +55,11 @@ class How:
     repeats: int
     blocks: int  # q blocks of a prompt that are judged
     seed: int
+
+
+def judged_blocks(how: How, length: int) -> list[int]:
+    """Where the q blocks of a prompt start that are judged: the same in every layer."""
+    return sampled(length, how.blocks, f"{how.seed} {length}")
 
 
 @dataclass
@@ -131,7 +135,8 @@ class Bench:
         threads = torch.get_num_threads()
         for its, table, own in zip(collected, tables, ours, strict=True):
             made, subtiles = own.with_tiles()
-            its.judged.append(truth.judge(made, subtiles))
+            if truth.blocks:
+                its.judged.append(truth.judge(made, subtiles))
             sizes = [tile_size(policy) for policy in table.rows]
             (stats,) = own.stats
             its.computed += _keys(stats.tiles_computed, sizes)
@@ -154,11 +159,9 @@ class Bench:
                     stats.pack_seconds + stats.select_seconds
                 ) / threads
 
-    def _sampled(self, step: Layer) -> list[Any]:
-        rows, context = len(step.q), len(step.k)
-        count = max(1, round(self._how.blocks * rows / len(self._layer.k)))
-        rng = random.Random(f"{self._how.seed} {context}")  # the same blocks in every layer
-        return sampled(rows, context, count, rng)
+    def _sampled(self, step: Layer) -> list[QBlock]:
+        starts = judged_blocks(self._how, len(self._layer.k))
+        return of_step(starts, len(step.q), len(step.k))
 
     def _dense(self, step: Layer, out: torch.Tensor) -> Callable[[], object]:
         if (base := self._base) is not None:

@@ -16,7 +16,7 @@ from vllm_sparse_backend.calibrate.documents import Document
 from vllm_sparse_backend.calibrate.run import Model
 from vllm_sparse_backend.calibrate.sources import core_digest, digest, made_of
 from vllm_sparse_backend.compare.capture import capture
-from vllm_sparse_backend.compare.measure import Bench, How, Measured
+from vllm_sparse_backend.compare.measure import Bench, How, Measured, judged_blocks
 from vllm_sparse_backend.compare.methods import Chosen, Method, Setting
 from vllm_sparse_backend.compare.results import MethodResult, Point
 from vllm_sparse_backend.compare.rounds import spoiled, usual
@@ -185,7 +185,8 @@ def _read(wanted: Wanted, store: Store, missing: Sequence[Cell], advance: Advanc
 def _cell(wanted: Wanted, document: Document, layer: int) -> Cell:
     key = digest([__version__, wanted.options.identity(), document.token_ids, layer])
     heads = wanted.model.facts.num_heads
-    decides = [key, wanted.threads, core.active_isa(), vars(wanted.how), core_digest()]
+    judged = judged_blocks(wanted.how, len(document.token_ids))
+    decides = [key, wanted.threads, core.active_isa(), vars(wanted.how), judged, core_digest()]
 
     def job(setting: Setting) -> Job:
         identity = setting.identity(layer, heads)

@@ -1,4 +1,6 @@
-"""What the demo ran on: CPU features rather than a product name, and the versions of the parts."""
+"""What something ran on: CPU features rather than a product name, the GPU, and the versions of the
+parts.
+"""
 
 from __future__ import annotations
 
@@ -41,11 +43,14 @@ class Machine(BaseModel):
     system: str
     python: str
     versions: dict[str, str]
+    gpu: str | None = None  # its name, where vLLM runs on one
 
     def describe(self) -> str:
         """One line: "x86_64 with avx2, fma; 2 cores; 23 GiB"."""
         features = ", ".join(self.features) or "no vector features known here"
-        return f"{self.architecture} with {features}; {self.cores} cores; {self.memory_gib:.0f} GiB"
+        gpu = f"{self.gpu}; " if self.gpu else ""
+        cores = f"{self.cores} cores; {self.memory_gib:.0f} GiB"
+        return f"{gpu}{self.architecture} with {features}; {cores}"
 
 
 def this_machine() -> Machine:
@@ -58,13 +63,32 @@ def this_machine() -> Machine:
         system=platform.system(),
         python=platform.python_version(),
         versions=dict(_versions(PACKAGES)),
+        gpu=gpu(),
     )
 
 
 def fast_dtype() -> str:
-    """The dtype to serve a model in here: bfloat16 where the CPU multiplies it, else float32."""
+    """The dtype to serve a model in here: bfloat16 on a GPU, or where the CPU multiplies it, else
+    float32."""
+    if gpu() is not None:
+        return "bfloat16"
     flags = _flags()
     return "bfloat16" if not flags or FAST_BFLOAT16 in flags else "float32"
+
+
+def gpu() -> str | None:
+    """The name of the GPU that vLLM would run on; None: torch is built for CPUs, or finds none.
+
+    Without vLLM, which takes settings from the environment when it is imported.
+    """
+    try:
+        if version("torch").endswith("+cpu"):  # known without importing it, which takes seconds
+            return None
+    except PackageNotFoundError:
+        return None
+    import torch
+
+    return str(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
 
 
 def usable_cores() -> int:

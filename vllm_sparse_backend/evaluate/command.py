@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vllm_sparse_backend.errors import SparsePrefillError
 from vllm_sparse_backend.options import (
     EXIT_LOSS,
     ChunkTokens,
@@ -113,8 +114,8 @@ def evaluate_(
     """Measure what sparse prefill loses on a model: answers and likelihoods, against dense.
 
     Loads the model twice in this process, never both at once: with
-    sparse_prefill, then with vLLM's own attention (CPU_ATTN). Both read the
-    same prompts, through vLLM as a server would. Tasks:
+    sparse_prefill, then with vLLM's own attention (on CPUs CPU_ATTN). Both
+    read the same prompts, through vLLM as a server would. Tasks:
 
     \b
       text      perplexity of text with a long context, and how long greedy
@@ -166,8 +167,11 @@ def evaluate_(
 
             kept = DenseReadings(output / DENSE, plan.options)
             results = run(plan, shlex.join(["vllm-sparse", *sys.argv[1:]]), kept)
-        output.mkdir(parents=True, exist_ok=True)
-        results.save(output / FILE)
+        failed = None
+        try:
+            results.save(output / FILE)
+        except SparsePrefillError as error:  # shown all the same: they took hours
+            failed = error
         if json:
             typer.echo(results.model_dump_json(indent=2))
             for line in results.warnings():  # the tables have them, too
@@ -180,6 +184,8 @@ def evaluate_(
             from vllm_sparse_backend.evaluate.show import show
 
             show(results, Console(highlight=False, width=None if sys.stdout.isatty() else 120))
+        if failed is not None:
+            raise failed
         typer.echo(f"data: {output / FILE}", err=True)
     raise typer.Exit(EXIT_LOSS if results.losses() else 0)
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from vllm_sparse_backend.demo.machine import this_machine
 from vllm_sparse_backend.evaluate.readings import Reading
+from vllm_sparse_backend.files import write_whole
 from vllm_sparse_backend.offline import EngineOptions
 from vllm_sparse_backend.tasks.items import Item
 
@@ -32,7 +32,8 @@ class DenseReadings:
 
     def __init__(self, folder: Path, options: EngineOptions) -> None:
         self._folder, self._options = folder, options
-        self._machine = this_machine().model_dump(mode="json")
+        # Without a GPU as it was before there was a field for one: what was kept then counts.
+        self._machine = this_machine().model_dump(mode="json", exclude_none=True)
 
     def load(self, name: str, item: Item) -> Reading | None:
         """What was read of `item`, if it was."""
@@ -43,12 +44,13 @@ class DenseReadings:
         return kept.reading if kept.key == self._key(item) else None
 
     def save(self, name: str, item: Item, reading: Reading) -> None:
-        """Keep it, whole or not at all. Raises OSError."""
-        path = self._path(name)
-        scratch = path.with_suffix(".new")
-        self._folder.mkdir(parents=True, exist_ok=True)
-        scratch.write_text(_Kept(key=self._key(item), reading=reading).model_dump_json())
-        os.replace(scratch, path)
+        """Keep it, whole or not at all. Raises SparsePrefillError."""
+        text = _Kept(key=self._key(item), reading=reading).model_dump_json()
+        stays = (
+            f"; what dense attention read before stays in {self._folder}, and the same command "
+            "goes on from there"
+        )
+        write_whole(self._path(name), text, stays)
 
     def _key(self, item: Item) -> str:
         asked = [question.token_ids for question in item.questions]

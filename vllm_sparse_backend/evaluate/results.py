@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from vllm_sparse_backend.demo.machine import Machine
+from vllm_sparse_backend.files import write_whole
 from vllm_sparse_backend.profile import ModelFacts
 
 SCHEMA = 1  # goes up when a field changes its meaning or goes away
@@ -207,8 +208,8 @@ class Evaluation(_Record):
         ]
 
     def save(self, path: Path) -> None:
-        """Write eval.json."""
-        path.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        """Write eval.json, whole or not at all. Raises SparsePrefillError."""
+        write_whole(path, self.model_dump_json(indent=2) + "\n")
 
 
 def load_evaluation(path: Path) -> Evaluation:

@@ -72,7 +72,7 @@ def _source_of(data: Any) -> Source:
     if isinstance(data, dict):
         if data.get("format") == FORMAT:
             raise ProfileError("this is a profile already; `vllm-sparse validate` checks it")
-        if "sparse_attention_config" in data or "config_groups" in data:
+        if data.keys() & {"sparse_attention_config", "config_groups", "threshold_scale_factor"}:
             return "modelopt"
     raise ProfileError(
         "want MInference's list of layers, or a config.json with Model Optimizer's "

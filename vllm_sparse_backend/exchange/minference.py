@@ -65,7 +65,7 @@ def read(data: Any, facts: ModelFacts, name: str) -> Imported:
     said = ", ".join(f"{counts[selector]} {selector}" for selector in sorted(counts))
     notes = [f"of {len(every)} heads: {said}"]
     if listed := sum(isinstance(policy, ListSelector) for policy in every):
-        notes.append(f"{listed} of them follow list selectors, which run on CPUs only")
+        notes.append(f"{listed} of them follow list selectors, which choose in torch")
     profile = Profile.build(
         facts,
         policies,

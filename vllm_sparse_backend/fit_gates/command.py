@@ -77,7 +77,7 @@ def fit_gates(
         from vllm_sparse_backend.options import json_object
         from vllm_sparse_backend.selection.gates import BLOCK
         from vllm_sparse_backend.tasks.catalog import Task
-        from vllm_sparse_backend.tasks.source import read_sources
+        from vllm_sparse_backend.tasks.source import names_of, read_sources
         from vllm_sparse_backend.tasks.stream import TokenStream
 
         chunk = chunk_tokens or 2048
@@ -93,7 +93,7 @@ def fit_gates(
         sources = read_sources(text)
         streams = [TokenStream(AutoTokenizer.from_pretrained(path), source) for source in sources]
         made = make_documents(streams, [Task.TEXT], [length], documents, seed)
-        look = look_at(str(path))
+        look = look_at(str(path), dtype, overrides)
         chosen_dtype = fast_dtype() if dtype == "auto" else dtype
         wanted = Wanted(
             options=EngineOptions(
@@ -104,7 +104,7 @@ def fit_gates(
                 hf_overrides=overrides,
                 kv_gib=kv_gib(look.facts, length, chosen_dtype),
             ),
-            texts=tuple(Path(read).name for source in sources for read in source.read),
+            texts=names_of(sources),
             length=length,
             steps=steps,
             seed=seed,

@@ -19,7 +19,7 @@ from vllm_sparse_backend.compat_rotary import rotations
 from vllm_sparse_backend.errors import SparsePrefillError
 from vllm_sparse_backend.fit_gates.fit import divergence, taught, untaught
 from vllm_sparse_backend.fit_gates.lessons import Lesson, Teacher
-from vllm_sparse_backend.offline import EngineOptions, engine
+from vllm_sparse_backend.offline import EngineOptions, engine, refuse_lone_row
 from vllm_sparse_backend.selection import gates
 from vllm_sparse_backend.selection.gates import Gates, Rotation
 
@@ -135,6 +135,8 @@ def _lessons(
     from vllm_sparse_backend.backend.observe import observing
 
     found = []
+    for document in documents:
+        refuse_lone_row(len(document.token_ids), wanted.options.chunk_tokens)
     with engine(wanted.options, "sparse_prefill", SEEN) as llm:
         (angles,) = llm.apply_model(rotations)
         none = torch.empty(0), False

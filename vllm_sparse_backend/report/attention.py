@@ -74,13 +74,22 @@ class AttentionMap:
         self.missed = torch.zeros(self.tokens)  # of each row
         self.computed = self.causal = self.rows = 0
 
-    def add(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> None:
-        """A step's rows: `q` [T, D] are the last T of the positions of `k`, `v` [S, D]."""
+    def add(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float,
+        gpu: torch.device | None = None,
+    ) -> None:
+        """A step's rows: `q` [T, D] are the last T of the positions of `k`, `v` [S, D], all on the
+        host. Tiles are chosen by the compiled core, or by the GPU's kernels on that device."""
         first = k.shape[0] - q.shape[0]
         if first != self.rows:
             raise ValueError(f"q: want rows from position {self.rows} on, got {first}")
         place = Place(self.layer, self.head, max(self.num_heads, self.head + 1))
-        tiles = _select(q, k, v, PolicyTable([self.policy], place=place), scale, self.tokens)
+        table = PolicyTable([self.policy], place=place)
+        tiles = _select(q, k, v, table, scale, self.tokens, gpu)
         self.computed += tiles.computed[0]
         self.causal += tiles.causal[0]
         size = tiles.tile_sizes[0]
@@ -137,16 +146,25 @@ def _select(
     policies: PolicyTable,
     scale: float,
     prompt_len: int,
+    gpu: torch.device | None,
 ) -> TileList:
     """What the core keeps of this step; one head, so that no other is computed."""
-    cache = layout.pack(k[:, None].contiguous(), v[:, None].contiguous())
+    kv_layout = "vec" if gpu is None else "strided"
+    q, k, v = (x[:, None].contiguous().to(gpu or "cpu") for x in (q, k, v))
+    cache = layout.pack(k, v, kv_layout)
+
+    def numbers(*values: int) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=q.device)
+
     return select_tiles(
-        q[:, None].contiguous(),
+        q,
         cache,
-        torch.arange(len(cache), dtype=torch.int32)[None],
-        torch.tensor([0, len(q)], dtype=torch.int32),
-        torch.tensor([len(k)], dtype=torch.int32),
+        torch.arange(len(cache), dtype=torch.int32, device=q.device)[None],
+        numbers(0, len(q)),
+        numbers(len(k)),
         policies,
         scale=scale,
-        prompt_lens=torch.tensor([prompt_len], dtype=torch.int32),
+        prompt_lens=numbers(prompt_len),
+        kv_layout=kv_layout,
+        impl="cpu" if gpu is None else "triton",
     )

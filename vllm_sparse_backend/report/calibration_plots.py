@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from vllm_sparse_backend.calibrate.results import Measurement
 from vllm_sparse_backend.report.svg import DENSE, INK, SPARSE, look
 from vllm_sparse_backend.report.verdict import chosen_figures
+from vllm_sparse_backend.target import is_gpu
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -71,7 +72,8 @@ def curves_figure(measurement: Measurement) -> Figure:
 
 
 def predicted_figure(measurement: Measurement) -> Figure:
-    """Seconds of one thread for the attention of a whole prompt, by the cost model."""
+    """Seconds for the attention of a whole prompt, by the cost model: of one thread, or of a GPU,
+    where a band is between the ends of a range."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -81,7 +83,7 @@ def predicted_figure(measurement: Measurement) -> Figure:
         figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
         axes = figure.add_subplot()
         for label, colour, values in (
-            ("CPU_ATTN", DENSE, [row.base for row in rows]),
+            (measurement.base, DENSE, [row.base for row in rows]),
             ("every tile kept", KEEP_ALL, [row.keep_all for row in rows]),
             ("the profile", SPARSE, [row.sparse for row in rows]),
         ):
@@ -90,7 +92,12 @@ def predicted_figure(measurement: Measurement) -> Figure:
         axes.set_ylim(0, None)
         axes.set_xlabel("prompt tokens")
         axes.xaxis.set_major_formatter("{x:,.0f}")
-        axes.set_ylabel("seconds of attention, one thread")
+        if is_gpu(measurement.isa):
+            best = [row.sparse_best or row.sparse for row in rows]
+            worst = [row.sparse for row in rows]
+            axes.fill_between(lengths, best, worst, color=SPARSE, alpha=0.2, linewidth=0)
+        of = "a GPU, never timed" if is_gpu(measurement.isa) else "one thread"
+        axes.set_ylabel(f"seconds of attention, {of}")
         axes.grid(axis="y", color=INK, alpha=0.15, linewidth=0.8)
         axes.legend(frameon=False, loc="upper left")
         return figure

@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_sparse_backend import compat
 from vllm_sparse_backend.config import SparseConfig, vllm_log_level
-from vllm_sparse_backend.offline import EngineOptions, engine, kv_gib
+from vllm_sparse_backend.offline import EngineOptions, engine, kv_gib, refuse_lone_row
 from vllm_sparse_backend.options import Refused
 from vllm_sparse_backend.profile import Profile
 from vllm_sparse_backend.selection import keeps_all
@@ -48,6 +49,7 @@ def look_at(
     except ModelUnavailable as error:
         raise Refused(f"--model: {error}") from None
     ids = _tokens(str(folder), text, length)
+    refuse_lone_row(len(ids), CHUNK_TOKENS)
     chosen = fast_dtype() if dtype == "auto" else dtype
     options = EngineOptions(
         model=str(folder),
@@ -89,12 +91,14 @@ def _observe(
         followed_from=0 if keeps_all(policy) else _followed_from(policy, profile.model.head_dim),
         num_heads=profile.model.num_heads,
     )
+    on_gpu = compat.supported_platform() != "cpu"
 
     def look(call: Call) -> None:
         if call.layer == layer:
             keys, values = call.keys_values(0)
             own = head // (call.q.shape[1] // keys.shape[1])
-            found.add(call.rows(0)[:, head], keys[:, own], values[:, own], call.scale)
+            rows, k, v = call.rows(0)[:, head], keys[:, own], values[:, own]
+            found.add(rows, k, v, call.scale, call.q.device if on_gpu else None)
 
     with observing(look):
         llm.generate(
@@ -120,8 +124,9 @@ def _tokens(model: str, text: Path, length: int | None) -> list[int]:
     from transformers import AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(model)
-    ids: list[int] = tokenizer.encode(content, add_special_tokens=False, verbose=False)
-    if not ids:
+    # As vLLM reads a prompt: with what the tokenizer puts in front of it, such as <bos>.
+    ids: list[int] = tokenizer.encode(content, verbose=False)
+    if not content or not ids:
         raise Refused(f"--text {text}: no text in it")
     if length is not None and length > len(ids):
         raise Refused(f"--length {length}: {text} has {len(ids)} tokens")
@@ -130,6 +135,8 @@ def _tokens(model: str, text: Path, length: int | None) -> list[int]:
 
 def _followed_from(policy: Any, head_dim: int) -> int | None:
     """As `backend.worker` decides it, with the configuration's defaults."""
+    if compat.supported_platform() != "cpu":  # servers on GPUs have no cost model
+        return SparseConfig().min_prompt_tokens
     from vllm_sparse_backend.ops.cpu import core, cost
 
     wins = cost.sparse_wins_from(core.active_isa(), policy, head_dim)

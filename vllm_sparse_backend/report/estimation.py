@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from vllm_sparse_backend.options import errors_named, parse_lengths
+from vllm_sparse_backend.options import Target, errors_named, parse_lengths
 
 if TYPE_CHECKING:
     from vllm_sparse_backend.report.estimate import Estimate
+    from vllm_sparse_backend.report.prediction import Row
 
 
 def estimate(
@@ -24,17 +25,15 @@ def estimate(
     lengths: Annotated[
         str, typer.Option(metavar="N,N,...", help="Prompt lengths in tokens.")
     ] = "4096,8192,16384,32768,65536,131072",
-    isa: Annotated[
-        str | None,
+    target: Target = None,
+    threads: Annotated[
+        int | None,
         typer.Option(
-            help="The instruction set whose rates are used: avx512_bf16, avx512_vnni, avx512, avx2."
-            " Default: this machine's.",
+            min=1,
+            help="Threads of a CPU that compute; taken to share the work evenly. Default: 1.",
             show_default=False,
         ),
     ] = None,
-    threads: Annotated[
-        int, typer.Option(min=1, help="Threads that compute; taken to share the work evenly.")
-    ] = 1,
     dtype: Annotated[
         Literal["auto", "bfloat16", "float16", "float32"],
         typer.Option(help="What the model computes in. auto: bfloat16, but float32 with avx2."),
@@ -50,10 +49,14 @@ def estimate(
     are those of the measurement beside the profile (NAME.measurement.json), or,
     without one, expected ones; the output says which.
 
+    For a GPU attention is predicted from compiled kernels and published peaks,
+    as a range, and was never timed on hardware; of TTFT nothing is said.
+
     \b
     Examples:
       vllm-sparse estimate ./model --profile profile.json
-      vllm-sparse estimate org/model --lengths 32768,131072 --isa avx512_bf16 --threads 32
+      vllm-sparse estimate org/model --lengths 32768,131072 --target avx512_bf16 --threads 32
+      vllm-sparse estimate org/model --lengths 32768,131072 --target sm_90
 
     \b
     Exit status:
@@ -64,7 +67,7 @@ def estimate(
         wanted = parse_lengths(lengths)
         from vllm_sparse_backend.report.estimate import make_estimate
 
-        made = make_estimate(model, profile, wanted, isa=isa, threads=threads, dtype=dtype)
+        made = make_estimate(model, profile, wanted, target=target, threads=threads, dtype=dtype)
         if json:
             typer.echo(made.model_dump_json(indent=2))
         else:
@@ -77,25 +80,42 @@ def _print(made: Estimate) -> None:
     from rich.table import Table
 
     console = Console(highlight=False)
-    title = f"{made.title()}; seconds"
+    unit = "seconds" if made.timed else "milliseconds"
+    title = f"{made.title()}; {unit}"
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
-    for heading in (
-        "prompt\ntokens", "attention\nCPU_ATTN", "attention\nkeep-all", "attention\nsparse",
-        "\nratio", "\ndensity", "TTFT\ndense", "TTFT\nsparse", "share\ndense", "share\nsparse",
-    ):  # fmt: skip
+    headings = (
+        "prompt\ntokens", f"attention\n{made.base}", "attention\nkeep-all", "attention\nsparse",
+        "\nratio", "\ndensity",
+    )  # fmt: skip
+    of_all = ("TTFT\ndense", "TTFT\nsparse", "share\ndense", "share\nsparse")
+    for heading in (*headings, *(of_all if made.timed else ())):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in made.rows:
-        table.add_row(
-            f"{row.length:,}",
-            *(seconds(value) for value in (row.base, row.keep_all, row.sparse)),
-            f"{row.base / row.sparse:.2f}x",
-            f"{row.density:.3f}",
-            *(seconds(value) for value in (row.dense_ttft, row.sparse_ttft)),
-            *(f"{share:.0%}" for share in (row.dense_share, row.sparse_share)),
-        )
+        table.add_row(f"{row.length:,}", *(_timed(row) if made.timed else _predicted(row)))
     console.print(table)
     for line in made.notes():
         console.print(line, markup=False, soft_wrap=True)
+
+
+def _timed(row: Row) -> tuple[str, ...]:
+    return (
+        *(seconds(value) for value in (row.base, row.keep_all, row.sparse)),
+        f"{row.base / row.sparse:.2f}x",
+        f"{row.density:.3f}",
+        *(seconds(value) for value in (row.dense_ttft, row.sparse_ttft)),
+        *(f"{share:.0%}" for share in (row.dense_share, row.sparse_share)),
+    )
+
+
+def _predicted(row: Row) -> tuple[str, ...]:
+    """Of a GPU: ranges, better end to worse, in milliseconds."""
+    best, kept = row.sparse_best or row.sparse, row.keep_all_best or row.keep_all
+    spans = [
+        " to ".join(seconds(1e3 * x) for x in its)
+        for its in ((kept, row.keep_all), (best, row.sparse))
+    ]
+    ratio = f"{row.base / row.sparse:.1f} to {row.base / best:.1f}x"
+    return seconds(1e3 * row.base), *spans, ratio, f"{row.density:.3f}"
 
 
 def seconds(value: float) -> str:

@@ -2,14 +2,14 @@
 
 Attention is predicted step by step as a server reads a prompt. The rest of a prefill is taken to
 be its matrix products, with the parameters of Llama-like blocks; norms, sampling and the way
-through HTTP are left out.
+through HTTP are left out. Of GPUs the rest is not predicted: no rate of theirs was measured.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from pydantic import BaseModel, ConfigDict
@@ -19,6 +19,7 @@ from vllm_sparse_backend.ops.cpu import cost
 from vllm_sparse_backend.profile import ModelFacts
 from vllm_sparse_backend.report.measured import density_at
 from vllm_sparse_backend.selection import AnyPolicy, Dense, Static, keeps_all
+from vllm_sparse_backend.target import Target, is_gpu
 
 LONGEST = 1 << 20  # tokens; where no break-even was found up to here, there is none
 
@@ -28,7 +29,7 @@ class Subject:
     """A model on a kind of machine, as it would be served."""
 
     facts: ModelFacts
-    isa: str
+    target: Target
     dtype: str
     threads: int
     chunk_tokens: int
@@ -67,30 +68,32 @@ class Subject:
 
 
 class Row(BaseModel):
-    """Seconds for a prompt of one length."""
+    """Seconds for a prompt of one length; of a GPU the worse end of a range, unless it is said."""
 
     model_config = ConfigDict(frozen=True)
 
     length: int
-    base: float  # attention by CPU_ATTN in every layer
+    base: float  # dense attention (CPU_ATTN's, of a GPU the base backend's) in every layer
     keep_all: float  # by the core in the layers that can be sparse, every tile kept
     sparse: float  # likewise, the policies followed
-    rest: float  # matrix products
+    keep_all_best: float | None = None  # of a GPU, the better end
+    sparse_best: float | None = None
+    rest: float | None  # matrix products; None: of a GPU, where they are not predicted
     density: float  # of the heads in layers that can be sparse
 
     @property
     def dense_ttft(self) -> float:
-        """All of a prefill with CPU_ATTN."""
-        return self.base + self.rest
+        """All of a prefill with dense attention; as what follows, where the rest is known."""
+        return self.base + (self.rest or 0.0)
 
     @property
     def sparse_ttft(self) -> float:
         """All of a prefill with the policies followed."""
-        return self.sparse + self.rest
+        return self.sparse + (self.rest or 0.0)
 
     @property
     def dense_share(self) -> float:
-        """Of CPU_ATTN's attention in the prefill."""
+        """Of dense attention in the prefill."""
         return self.base / self.dense_ttft
 
     @property
@@ -101,44 +104,60 @@ class Row(BaseModel):
 
 def predict(subject: Subject, length: int) -> Row:
     """A cold prompt of `length` tokens, read in steps of `subject.chunk_tokens`."""
-    facts, isa = subject.facts, subject.isa
+    row = _predict(subject, length)
+    for better in subject.target.ends[:-1]:
+        best = _predict(replace(subject, target=better), length)
+        its = {"keep_all_best": best.keep_all, "sparse_best": best.sparse}
+        row = row.model_copy(update=its)
+    return row
+
+
+def _predict(subject: Subject, length: int) -> Row:
+    facts, target = subject.facts, subject.target
     heads, dim, layers = facts.num_heads, facts.head_dim, subject.sparse_layers
     base = keep_all = sparse = kept = whole = 0.0
     for begin in range(0, length, subject.chunk_tokens):
         end = min(begin + subject.chunk_tokens, length)
         shape = (end - begin, end, heads, dim)
         dense = sum(_base_seconds(subject, begin, end, window) for window in subject.windows)
-        of_base = layers * cost.base_seconds(isa, *shape)
-        of_core = layers * cost.attend_seconds(isa, *shape)
+        of_base = layers * target.base_seconds(*shape)
+        of_core = layers * target.attend_seconds(*shape)
         base += dense + of_base
         keep_all += dense + of_core
         pairs = (end**2 - begin**2) / 2
         whole += pairs
-        if end < subject.min_prompt_tokens:  # the faster of them, as a server decides it
-            sparse += dense + min(of_core, of_base)
+        if end < subject.min_prompt_tokens:
+            sparse += dense + layers * target.short_seconds(*shape)
             kept += pairs
             continue
         followed, density = _follow(subject, begin, end, length)
-        sparse += dense + followed + layers * cost.RATES[isa].call_seconds
+        sparse += dense + followed + layers * target.call_seconds
         kept += density * pairs
     return Row(
         length=length,
         base=base / subject.threads,
         keep_all=keep_all / subject.threads,
         sparse=sparse / subject.threads,
-        rest=cost.matmul_seconds(isa, subject.dtype, length, subject.parameters) / subject.threads,
+        rest=_rest(subject, length),
         density=kept / whole if layers else 1.0,
     )
 
 
+def _rest(subject: Subject, length: int) -> float | None:
+    name = subject.target.name
+    if is_gpu(name):
+        return None
+    products = cost.matmul_seconds(name, subject.dtype, length, subject.parameters)
+    return products / subject.threads
+
+
 def _base_seconds(subject: Subject, begin: int, end: int, window: int | None) -> float:
-    """Of CPU_ATTN in a dense layer; of a sliding window it computes no more than that."""
-    facts = subject.facts
-    heads, dim, isa = facts.num_heads, facts.head_dim, subject.isa
+    """Of dense attention in a dense layer; of a sliding window it computes no more than that."""
+    heads, dim = subject.facts.num_heads, subject.facts.head_dim
 
     def until(tokens: int) -> float:  # as many pairs as the last `window` rows have without one
         rows = tokens if window is None else min(window, tokens)
-        return cost.base_seconds(isa, rows, tokens, heads, dim)
+        return subject.target.base_seconds(rows, tokens, heads, dim)
 
     return until(end) - until(begin)
 
@@ -146,10 +165,9 @@ def _base_seconds(subject: Subject, begin: int, end: int, window: int | None) ->
 def _follow(subject: Subject, begin: int, end: int, prompt: int) -> tuple[float, float]:
     """Seconds of one step of all heads that can be sparse, and the mean density."""
     seconds = kept = 0.0
-    dim, isa = subject.facts.head_dim, subject.isa
+    dim, target = subject.facts.head_dim, subject.target
     for policy, heads in subject.policies.items():
-        wins = cost.sparse_wins_from(isa, policy, dim)
-        follows = wins is not None and end >= wins
+        follows = target.follows(policy, end, dim)
         # Of the step alone: what a prompt up to its end keeps, less what one up to its begin does.
         density = (
             (
@@ -161,8 +179,8 @@ def _follow(subject: Subject, begin: int, end: int, prompt: int) -> tuple[float,
             else 1.0
         )  # fmt: skip
         density = min(1.0, max(0.0, density))
-        seconds += cost.sparse_seconds(
-            isa, policy if follows else Dense(), end - begin, end, heads, dim, density, prompt
+        seconds += target.sparse_seconds(
+            policy if follows else Dense(), end - begin, end, heads, dim, density, prompt
         )
         kept += heads * density
     return seconds, kept / max(1, sum(subject.policies.values()))
@@ -170,11 +188,13 @@ def _follow(subject: Subject, begin: int, end: int, prompt: int) -> tuple[float,
 
 def break_even(subject: Subject) -> int | None:
     """The shortest prompt, to 64 tokens, that following the policies makes faster than keeping
-    every tile with CPU_ATTN or the core; None: none up to `LONGEST`."""
+    every tile with CPU_ATTN or the core, or, on a GPU, at the end that ``subject.target`` is, than
+    dense attention; None: none up to `LONGEST`."""
+    dense_alone = is_gpu(subject.target.name)
 
     def wins(tokens: int) -> bool:
-        row = predict(subject, tokens)
-        return row.sparse < 0.999 * min(row.keep_all, row.base)
+        row = _predict(subject, tokens)
+        return row.sparse < 0.999 * (row.base if dense_alone else min(row.keep_all, row.base))
 
     low, high = 0, cost.Q_BLOCK
     while not wins(high):

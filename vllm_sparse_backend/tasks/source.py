@@ -34,6 +34,12 @@ def read_sources(paths: Sequence[Path] = ()) -> list[Source]:
     return [Source(GIVEN, tuple(map(_text, files)), tuple(str(path) for path in paths))]
 
 
+def names_of(sources: Iterable[Source]) -> tuple[str, ...]:
+    """What the sources' texts came from: of a file or folder its own name, of "." as well."""
+    every = [read for source in sources for read in source.read]
+    return tuple(Path(read).resolve().name or read for read in every)
+
+
 def read_texts(paths: Sequence[Path]) -> list[str]:
     """The text of each file; of a folder, of every text file below it, sorted by path.
 
