@@ -63,7 +63,9 @@ _HEAD: Final = """\
 compile, spills registers, asks for more shared memory than a block may have, lacks its matrix
 instruction, or where attention's loop waits for the very copies that it has just begun. What can be
 launched is head_dims, groups, dtypes, policies, bits of codes, pages and (on AMD) caches of less
-than 2 GiB or more: each is compiled beside those with which it shares registers and memory.
+than 2 GiB or more: each is compiled beside those with which it shares registers and memory. Not
+among them is float32 in pages of other than 16 tokens: its attention spills a word on sm_80 at
+head_dims 80 to 112 in pages of 64, and up to 128 in pages of 528.
 
 Instructions are those of one warp (AMD: wave) for one product, `keys` keys against a program's
 rows, in the loop that does most of the work: `global` loads and copies, `shared` reads and writes
