@@ -121,7 +121,7 @@ def small() -> None:
         DTYPES, (64, 80, 256), (("amx", 32), ("vec16", 48), ("vec", 32)), strict=True
     ):
         check(dtype, dim, layout, 2, POLICIES, LENGTHS[:3])
-    check(torch.bfloat16, 80, ("vec", 64), 3, MORE[::3], LENGTHS[1:2])
+    check(torch.bfloat16, 80, ("vec", 64), 3, MORE[::4], LENGTHS[1:2])
     # Q blocks in pairs; only for what the sanitizers say, since the reference takes a minute.
     attend(make_paged([make_qkv(2, 1030, 8200, 6, 2)]), POLICIES)
     extremes(torch.float16)
@@ -133,8 +133,8 @@ def full() -> None:
         for dim in HEAD_DIMS:
             layouts = LAYOUTS[turn % 3 :][:1] + AMX[turn % 2 :][: dtype == torch.bfloat16]
             for layout in layouts:
-                policies = (POLICIES, MORE[:6], MORE[6:12], MORE[12:])[turn % 4]
-                check(dtype, dim, layout, (1, 2, 3, 6)[turn // 4 % 4], policies, LENGTHS)
+                policies = (POLICIES, MORE[:6], MORE[6:12], MORE[12:18], MORE[18:])[turn % 5]
+                check(dtype, dim, layout, (1, 2, 3, 6)[turn // 5 % 4], policies, LENGTHS)
                 turn += 1
         extremes(dtype)
     paged = make_paged([make_qkv(5, 100, 300, 6, 2), make_qkv(6, 0, 40, 6, 2)])

@@ -20,7 +20,7 @@ from pydantic import Field
 from test_report import _Page
 from typer.testing import CliRunner
 
-from vllm_sparse_backend.calibrate.candidates import FUSED
+from vllm_sparse_backend.calibrate.candidates import FUSED, LADDERS
 from vllm_sparse_backend.calibrate.command import _usable as calibrations_usable
 from vllm_sparse_backend.calibrate.run import Model
 from vllm_sparse_backend.cli import app
@@ -315,7 +315,8 @@ def test_what_misses_a_file_is_left_out_unless_it_was_asked_for(
         calibrations_usable(parse_names("seer", known), Model(FACTS, (0, 1)), here())
     usable, ladders = calibrations_usable(parse_names("all", known), Model(FACTS, (0, 1)), here())
     assert set(usable) == {*FUSED, *registry.known()} - {"seer"}
-    assert [ladder.selector for ladder in ladders[3:]] == list(usable[3:])
+    assert ladders[: len(LADDERS)] == LADDERS
+    assert [ladder.selector for ladder in ladders[len(LADDERS) :]] == list(usable[len(FUSED) :])
 
 
 def test_a_profile_is_a_method() -> None:

@@ -15,11 +15,13 @@ from tools.gpu_check.model import DENSITY, GROUP, HEADS, LAYERS
 from tools.gpu_check.peaks import GPUS
 from tools.gpu_check.pool import executor
 from vllm_sparse_backend import compat, target
+from vllm_sparse_backend.calibrate.command import _usable
+from vllm_sparse_backend.calibrate.run import Model
 from vllm_sparse_backend.ops.cpu.build import instruction_sets
 from vllm_sparse_backend.ops.triton import cost
 from vllm_sparse_backend.ops.triton.cost import BETTER, WORSE
 from vllm_sparse_backend.ops.triton.launch import HEAD_DIMS
-from vllm_sparse_backend.options import Refused
+from vllm_sparse_backend.options import Refused, parse_names
 from vllm_sparse_backend.profile import ModelFacts
 from vllm_sparse_backend.selection import DENSE, AnyPolicy, Mass, Sale, Static
 
@@ -164,6 +166,11 @@ def test_a_target_is_an_instruction_set_or_an_architecture(
         with pytest.raises(Refused, match=f"this machine's {device} .* want one that is to stand"):
             target.of(None, FACTS)
         assert target.of("sm_89", FACTS).name == "sm_89", "which may be said"
+        assert "which cannot be done here: --target: this machine's" in str(
+            target.why_untimed("avx2")
+        )
+        usable, _ = _usable(parse_names("sale", ["sale", "strided"]), Model(FACTS, (0,)), "avx2")
+        assert usable == ("sale",)
 
 
 def test_whose_seconds_they_are_is_never_left_open() -> None:

@@ -234,6 +234,13 @@ def test_a_gpus_row_is_a_range_and_says_nothing_of_the_rest() -> None:
     assert predict(half, 65536).base < 0.52 * row.base
 
 
+def test_where_no_layer_can_be_sparse_any_head_dim_is_predicted() -> None:
+    facts = WIDE.model_copy(update={"head_dim": 72})
+    for target in (AVX512, Gpu("sm_90", 4)):
+        row = predict(subject(facts=facts, target=target, policies={}, windows=[None] * 32), 8192)
+        assert row.base == row.keep_all == row.sparse > 0
+
+
 def test_a_gpu_breaks_even_against_its_dense_attention() -> None:
     worse, better = (break_even(subject(target=end)) for end in reversed(Gpu("sm_90", 4).ends))
     assert worse is not None and better is not None and better <= worse

@@ -112,6 +112,7 @@ def test_a_threshold_of_unsure_meaning_is_refused(
     [
         ("*lm_head*", [], "of no attention, and without effect: *lm_head*"),
         ("lm_head", [], "of no attention, and without effect: lm_head"),
+        ("model.layers.1.mlp", [], "of no attention, and without effect: model.layers.1.mlp"),
         ("*layers.1.*", [1], "dense as in the file: layers 1"),
         ("model.layers.[01].self_attn", [0, 1], "dense as in the file: layers 0, 1"),
         ("*attn*", [0, 1], "dense as in the file: layers 0, 1"),

@@ -155,7 +155,7 @@ def _lines(diagnosis: Diagnosis) -> list[tuple[str, str]]:
 
 def _device_lines(diagnosis: Diagnosis) -> list[tuple[str, str]]:
     if (gpu := diagnosis.gpu) is not None:
-        products = "in int8, of fp4 codes in fp4" if gpu.fp4 else "in int8, of fp4 codes, too"
+        products = "in int8, of fp4 codes " + ("in fp4" if gpu.fp4 else "as well")
         kernels = f"Triton {gpu.triton}, scores {products}" if gpu.triton else "unusable"
         return [("GPU", f"{gpu.name}, compute capability {gpu.capability}"), ("kernels", kernels)]
     isas = diagnosis.core.isas.items()

@@ -59,9 +59,9 @@ class SparseConfig(BaseModel):
         default=0,
         ge=0,
         le=64,
-        description="prompts in progress whose keys' int8 codes are kept from one chunk to the "
-        "next instead of being made anew: one byte a channel of each key, for max_model_len "
-        "tokens each; on a GPU only",
+        description="prompts in progress whose keys' codes are kept from one chunk to the next "
+        "instead of being made anew: one byte a channel of each key (half of one where fp4 is "
+        "multiplied as such), for max_model_len tokens each; on a GPU only",
     )
     cpu_isa: str | None = Field(
         default=None, min_length=1, description="force an instruction set of the CPU core"

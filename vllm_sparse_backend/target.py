@@ -275,7 +275,11 @@ def why_untimed(name: str) -> str | None:
     the compiled core."""
     if is_gpu(name):
         return f"nothing is known of the time that list selectors take on {name}"
-    if (own := here()) != name:
+    try:
+        own = here()
+    except SparsePrefillError as error:
+        return f"the time that list selectors take is measured, which cannot be done here: {error}"
+    if own != name:
         return (
             f"the time that list selectors take is measured, and this machine is {own}, not {name}"
         )

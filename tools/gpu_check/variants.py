@@ -129,6 +129,14 @@ def _cells(arch: str) -> Iterator[Cell]:
             for group, policies in product(GROUPS, ("sale fp4", "mass fp4")):
                 yield cell(dim, group, policies=policies)
             yield cell(dim, policies="both 32 fp4", only=SCORING)
+            for dtype in DTYPES[1:]:
+                yield cell(dim, dtype=dtype, policies="sale fp4", only=("code_keys", *SCORING))
+            for group in (5, 6, 7) if eight else ():
+                yield cell(dim, group, policies="sale fp4", only=SCORING)
+            for page in SOME_PAGES:
+                yield cell(dim, page=page, policies="sale fp4", only=("code_keys", "anchor_rows"))
+            if target_of(arch).backend == "hip":
+                yield cell(dim, small=True, policies="sale fp4", only=("code_keys", "anchor_rows"))
         if target_of(arch).backend == "hip":
             yield cell(dim, small=True, only=PAGED)
             for dtype in DTYPES[1:]:

@@ -83,8 +83,8 @@ class Worker:
         place = place_of(self.setup, self.tp_rank, layer_name, num_heads)
         self._cells[layer_name] = self._cells_of(place, num_heads)
         if not self.setup.on_cpu:
-            # There is no cost model of GPUs, for want of measurements: a policy is followed as soon
-            # as a request is sparse, that is from min_prompt_tokens on.
+            # No cost model decides on GPUs, where nothing was measured: a policy is followed as
+            # soon as a request is sparse, that is from min_prompt_tokens on.
             return PolicyTable(policies, place=place)
         least = self.setup.config.min_prompt_tokens
         followed_from = [

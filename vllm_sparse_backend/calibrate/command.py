@@ -299,13 +299,13 @@ def _usable(methods: Names, look: Model, target: str) -> tuple[tuple[str, ...], 
     from vllm_sparse_backend.demo.progress import note
     from vllm_sparse_backend.target import why_untimed
 
-    untimed = why_untimed(target)
     usable = []
     for name in methods.taken:
         try:
             why = None
             if name not in FUSED:
-                why = untimed or why_unusable(list_ladder(name), look.facts, look.sparse_layers)
+                its = list_ladder(name)
+                why = why_untimed(target) or why_unusable(its, look.facts, look.sparse_layers)
         except Refused as error:
             why = str(error)
         if why is None:

@@ -6,7 +6,10 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
+import sys
 from collections.abc import Iterable
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -28,6 +31,7 @@ FEATURES = (
 PACKAGES = ("vllm-sparse-backend", "vllm", "torch", "transformers")
 
 
+ASK = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
 FAST_BFLOAT16 = "avx512f"  # without it oneDNN multiplies bf16 matrices ten times slower than fp32
 
 
@@ -76,6 +80,7 @@ def fast_dtype() -> str:
     return "bfloat16" if not flags or FAST_BFLOAT16 in flags else "float32"
 
 
+@cache
 def gpu() -> str | None:
     """The name of the GPU that vLLM would run on; None: torch is built for CPUs, or finds none.
 
@@ -86,9 +91,9 @@ def gpu() -> str | None:
             return None
     except PackageNotFoundError:
         return None
-    import torch
-
-    return str(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    # In another process: asking makes a context, which would hold memory that a server is to have.
+    found = subprocess.run([sys.executable, "-c", ASK], capture_output=True, text=True, check=False)
+    return found.stdout.strip() or None
 
 
 def usable_cores() -> int:

@@ -259,9 +259,11 @@ def _matched(pattern: str, facts: ModelFacts) -> set[int]:
 
 def _layer(module: str, facts: ModelFacts) -> set[int]:
     found = LAYER.search(module)
-    if found is None and any(name in module for name in NO_ATTENTION):
+    exists = found is None or int(found[1]) < facts.num_layers
+    rest = module if found is None else module[found.end() :]
+    if exists and any(name in rest for name in NO_ATTENTION):
         return set()
-    if found is None or int(found[1]) >= facts.num_layers:
+    if found is None or not exists:
         raise ProfileError(
             f"ignore: want modules of layers 0 to {facts.num_layers - 1}, as in "
             f"model.layers.0.self_attn, got {module[:80]!r}"

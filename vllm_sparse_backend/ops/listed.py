@@ -1,6 +1,7 @@
 """The heads that list selectors choose for: their tiles, before the attention that takes them.
 
-On whatever device the tensors are; nothing here waits for one.
+On whatever device the tensors are: `kept_by_head` and `kept_of_paged` wait for none, `tile_lists`
+makes lists for the host.
 """
 
 from __future__ import annotations

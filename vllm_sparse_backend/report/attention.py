@@ -148,7 +148,8 @@ def _select(
     prompt_len: int,
     gpu: torch.device | None,
 ) -> TileList:
-    """What the core keeps of this step; one head, so that no other is computed."""
+    """What the core, or a GPU's kernels, keep of this step; one head, so that no other is
+    computed."""
     kv_layout = "vec" if gpu is None else "strided"
     q, k, v = (x[:, None].contiguous().to(gpu or "cpu") for x in (q, k, v))
     cache = layout.pack(k, v, kv_layout)

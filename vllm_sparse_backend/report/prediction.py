@@ -120,14 +120,15 @@ def _predict(subject: Subject, length: int) -> Row:
         end = min(begin + subject.chunk_tokens, length)
         shape = (end - begin, end, heads, dim)
         dense = sum(_base_seconds(subject, begin, end, window) for window in subject.windows)
-        of_base = layers * target.base_seconds(*shape)
-        of_core = layers * target.attend_seconds(*shape)
+        # Where no layer can be sparse, its shape may be one that nothing is known of.
+        of_base = layers * target.base_seconds(*shape) if layers else 0.0
+        of_core = layers * target.attend_seconds(*shape) if layers else 0.0
         base += dense + of_base
         keep_all += dense + of_core
         pairs = (end**2 - begin**2) / 2
         whole += pairs
         if end < subject.min_prompt_tokens:
-            sparse += dense + layers * target.short_seconds(*shape)
+            sparse += dense + (layers * target.short_seconds(*shape) if layers else 0.0)
             kept += pairs
             continue
         followed, density = _follow(subject, begin, end, length)

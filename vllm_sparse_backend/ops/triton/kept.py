@@ -41,9 +41,9 @@ class Codes(NamedTuple):
         """Room for ``means`` mean keys and the codes of ``slots`` keys."""
         width, dtype = (head_dim // 2, torch.uint8) if packed else (head_dim, torch.int8)
         return cls(
-            torch.empty((means, kv_heads, head_dim), device=device),
+            torch.empty((means, kv_heads, head_dim), dtype=torch.float32, device=device),
             torch.empty((kv_heads, slots, width), dtype=dtype, device=device),
-            torch.empty((kv_heads, slots // 16), device=device),
+            torch.empty((kv_heads, slots // 16), dtype=torch.float32, device=device),
         )
 
     @property

@@ -27,7 +27,8 @@ def round_codes(x, amax, limit: tl.constexpr, BITS: tl.constexpr):
     if BITS == FP4:  # between powers of two there are two codes
         size = tl.abs(scaled)
         unit = tl.where(size >= 8.0, 4.0, tl.where(size >= 4.0, 2.0, 1.0))
-        rounded = ((scaled / unit + ROUND) - ROUND) * unit
+        per_unit = tl.where(size >= 8.0, 0.25, tl.where(size >= 4.0, 0.5, 1.0))
+        rounded = ((scaled * per_unit + ROUND) - ROUND) * unit
     else:
         rounded = (scaled + ROUND) - ROUND
     return tl.clamp(rounded, -limit, limit).to(tl.int8)

@@ -135,10 +135,10 @@ def launch(arch: str, head_dim: int, group: int, dtype: torch.dtype) -> Launch:
     elif width == 256:
         anchor = Shape(16, 8 if rows == 64 else 4, 1)
     else:
-        # Few keys where the last registers go to packing one head's codes; or, on sm_120, to pages
-        # longer than 16.
+        # Few keys where the last registers go to packing one head's codes, or five's or six's; or,
+        # on sm_120, to pages longer than 16.
         few = width == 128 and rows == 16 and arch in _FP4
-        few |= width == 64 and rows == 64 and arch == "sm_120"
+        few |= (width, rows, arch) in ((64, 64, "sm_120"), (64, 128, "sm_100"))
         anchor = Shape(width // (4 if few else 2), 8 if rows == 128 else 4, 1)
     score = _SCORE.get(arch, Shape(64, 4, 3))
     if head_dim in (64, 256):
